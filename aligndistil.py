@@ -27,9 +27,11 @@ from that teacher on its own samples.
 import array
 import contextlib
 import copy
+import functools
 import json
 import math
 import os
+import random
 import re
 import resource
 import shutil
@@ -37,9 +39,12 @@ import signal
 import sys
 import time
 import zlib
-from dataclasses import asdict, dataclass, field, fields
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Callable, Literal, Optional, Union
+from typing import Literal, Optional
 
 import datasets
 import huggingface_hub
@@ -52,6 +57,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, PreTrainedTokenizerFast
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1  The mathematics. Pure functions on float32 or float64; "..." stands for any leading dimensions, V for the
@@ -141,46 +147,50 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 @dataclass
+class Response:
+    """A response and its prompt as token ids. It ends in the end token, unless a length limit cut it."""
+
+    prompt: list  # at least one token
+    tokens: list  # at least one token
+    ref_logps: float = 0.0  # log π_ref(y|x), for DPO
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.tokens)
+
+
+@dataclass
 class Batch:
-    """B sequences (prompt then response, padded on the right to length T) and their N = Σ|y| response states.
+    """B responses behind their prompts, padded on the right to length T, and their N = Σ|y| response states.
 
     The logits at position i predict token i + 1, so a response's |y| states start at the last prompt position. They are
-    listed from lengths, never by comparing ids with the pad id, which may be the end-of-sequence token too.
+    listed from lengths, never by comparing ids with the pad id, which may be the end token too.
     """
 
     input_ids: Tensor  # (B, T)
     attention_mask: Tensor  # (B, T), 1 on tokens
     states: Tensor  # (N,) places of the response states in the flattened (B·T)
     targets: Tensor  # (N,) the response token that each state predicts
-    row: Tensor  # (N,) the sequence that each state belongs to
+    row: Tensor  # (N,) the response that each state belongs to
     lengths: Tensor  # (B,) |y|
-    ref_logps: Tensor  # (B,) log π_ref(y|x), for DPO; zeros elsewhere
-
-    def to(self, device):
-        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()}
-        return Batch(**moved)
+    ref_logps: Tensor  # (B,)
 
 
-def collate(sequences: list, pad_id: int) -> Batch:
-    """[(prompt ids, response ids, log π_ref), ...] → Batch. Every prompt and response has at least one token."""
-    total = [len(prompt) + len(response) for prompt, response, _ in sequences]
-    width = max(total)
-    input_ids = torch.full((len(sequences), width), pad_id)
-    states, targets = [], []
-    for b, (prompt, response, _) in enumerate(sequences):
-        input_ids[b, : total[b]] = torch.tensor([*prompt, *response])
-        states += range(b * width + len(prompt) - 1, b * width + total[b] - 1)
-        targets += response
-    lengths = torch.tensor([len(response) for _, response, _ in sequences])
-    return Batch(
-        input_ids=input_ids,
-        attention_mask=(torch.arange(width) < torch.tensor(total)[:, None]).long(),
-        states=torch.tensor(states),
-        targets=torch.tensor(targets),
-        row=torch.arange(len(sequences)).repeat_interleave(lengths),
-        lengths=lengths,
-        ref_logps=torch.tensor([ref_logps for *_, ref_logps in sequences], dtype=torch.float32),
-    )
+def collate(examples: list, pad_id: int, device="cpu") -> Batch:
+    """[[Response, ...], ...] → Batch: the first response of every example, then the second ones."""
+    responses = [response for part in zip(*examples, strict=True) for response in part]
+    width = max(map(len, responses))
+    input_ids = torch.full((len(responses), width), pad_id)
+    attention_mask = torch.zeros_like(input_ids)
+    states = []
+    for b, response in enumerate(responses):
+        input_ids[b, : len(response)] = torch.tensor([*response.prompt, *response.tokens])
+        attention_mask[b, : len(response)] = 1
+        states += range(b * width + len(response.prompt) - 1, b * width + len(response) - 1)
+    lengths = torch.tensor([len(response.tokens) for response in responses])
+    states, row = torch.tensor(states), torch.arange(len(responses)).repeat_interleave(lengths)
+    targets, ref_logps = input_ids.flatten()[states + 1], torch.tensor([response.ref_logps for response in responses])
+    parts = (input_ids, attention_mask, states, targets, row, lengths, ref_logps)
+    return Batch(*(part.to(device, non_blocking=True) for part in parts))
 
 
 class LM(nn.Module):
@@ -190,7 +200,7 @@ class LM(nn.Module):
     of its own moves hidden-size numbers a state instead of vocabulary-size ones.
     """
 
-    def __init__(self, model, chunk_size: int = 512, head_device=None):
+    def __init__(self, model, chunk_size: int = 512, head_device=None, gradient_checkpointing: bool = False):
         super().__init__()
         self.model, self.chunk_size, self.head_device = model.eval(), chunk_size, head_device  # eval: no dropout, ever
         self.head = model.get_output_embeddings()
@@ -199,12 +209,27 @@ class LM(nn.Module):
         config = model.config.get_text_config()
         self.scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
         self.softcap = getattr(config, "final_logit_softcapping", None)
+        self.checkpointed = []
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.checkpointed = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+            for layer in self.checkpointed:  # these layers will be in training mode, so their own dropout has to go
+                vars(layer).update(
+                    {name: 0.0 for name, x in vars(layer).items() if "drop" in name and type(x) is float}
+                )
+
+    def training_mode(self, on: bool) -> None:
+        """Checkpointed layers store no activations in training mode only, and no KV cache for sampling either."""
+        for layer in self.checkpointed:
+            layer.training = on
 
     def hidden(self, batch: Batch) -> Tensor:
         """The last hidden states of the response states: (N, hidden size)."""
         device = self.model.device
         ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
+        self.training_mode(torch.is_grad_enabled())
         hidden = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        self.training_mode(False)
         hidden = hidden.flatten(0, 1).index_select(0, batch.states.to(device))
         return hidden if self.head_device is None else hidden.to(self.head_device, non_blocking=True)
 
@@ -354,27 +379,28 @@ def sample(lm: LM, prompts: list, run: "Run") -> list:
     the left. The random state is torch's global one: seed it to get the same responses.
     """
     pure = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=run.max_new_tokens,
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=run.args.max_length - run.args.max_prompt_length,
         eos_token_id=run.stop_ids, pad_token_id=run.pad_id,
     )  # fmt: skip
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     groups = [order[i : i + run.args.sampling_batch_size] for i in range(0, len(order), run.args.sampling_batch_size)]
-    responses = [None] * len(prompts)
+    outputs = [None] * len(prompts)
     # generate() fills what `pure` leaves unset from the checkpoint's own config (a repetition penalty, say): take it away
     checkpoint_config, lm.model.generation_config = lm.model.generation_config, pure
     for group in run.bar(groups, "sampling", leave=False, disable=len(groups) < 2):
         width = max(len(prompts[i]) for i in group)
         ids, mask = torch.full((len(group), width), run.pad_id), torch.zeros(len(group), width, dtype=torch.long)
         for b, i in enumerate(group):
-            ids[b, width - len(prompts[i]) :] = torch.tensor([*prompts[i]])
+            ids[b, width - len(prompts[i]) :] = torch.tensor(list(prompts[i]))
             mask[b, width - len(prompts[i]) :] = 1
         device = lm.model.device
-        output = lm.model.generate(ids.to(device), attention_mask=mask.to(device), generation_config=pure)
+        with run.autocast():
+            output = lm.model.generate(ids.to(device), attention_mask=mask.to(device), generation_config=pure)
         for i, tokens in zip(group, output[:, width:].tolist()):
             end = next((t for t, token in enumerate(tokens) if token in run.stop_ids), len(tokens))
-            responses[i] = tokens[: end + 1]
+            outputs[i] = tokens[: end + 1]
     lm.model.generation_config = checkpoint_config
-    return responses
+    return outputs
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -386,10 +412,10 @@ def sample(lm: LM, prompts: list, run: "Run") -> list:
 def micro_batches(examples: list, tokens: int) -> list:
     """Indices of `examples`, sorted by length and cut where a micro-batch would pad to more than `tokens` tokens.
 
-    An example is a list of (prompt, response, log π_ref) that stay together, as the two of a pair must. One longer than
-    `tokens` is a micro-batch of its own.
+    An example is a list of Responses that stay together, as the two of a pair must. One longer than `tokens` is a
+    micro-batch of its own.
     """
-    width = [max(len(prompt) + len(response) for prompt, response, _ in example) for example in examples]
+    width = [max(map(len, example)) for example in examples]
     groups = []
     for i in sorted(range(len(examples)), key=lambda i: -width[i]):
         if groups and (len(groups[-1]) + 1) * len(examples[i]) * width[groups[-1][0]] <= tokens:
@@ -399,38 +425,31 @@ def micro_batches(examples: list, tokens: int) -> list:
     return groups
 
 
-def collate_examples(examples: list, run: "Run") -> Batch:
-    """Examples → Batch on the run's device: the first sequence of every example, then the second ones."""
-    return collate([sequence for part in zip(*examples) for sequence in part], run.pad_id).to(run.device)
-
-
 def accumulate_gradient(policy: nn.Module, examples: list, loss_of: Callable, batch_size: int, run: "Run") -> dict:
     """Gradient of the mean loss over the optimisation batch, of which `examples` are this rank's share.
 
-    Returns this rank's sums of what the loss watches, on the device, undivided. `policy` is an LM, or one in
-    DistributedDataParallel, which averages over ranks in the last micro-batch: hence the factor `run.world`.
+    Returns this rank's sums of what the loss watches and of tokens, on the device, undivided. `policy` is an LM, or one
+    in DistributedDataParallel, which averages over ranks in the last micro-batch: hence the factor `run.world`.
     """
     sums = {}
     groups = micro_batches(examples, run.args.tokens_per_micro_batch)
     for group in groups:
-        last = group is groups[-1]
-        with contextlib.nullcontext() if last or run.world == 1 else policy.no_sync():
+        batch = collate([examples[i] for i in group], run.pad_id, run.device)
+        with contextlib.nullcontext() if run.world == 1 or group is groups[-1] else policy.no_sync():
             with run.autocast():
-                loss, watched = policy(loss_of, collate_examples([examples[i] for i in group], run))
+                loss, watched = policy(loss_of, batch)
             (loss * (run.world / batch_size)).backward()
-        for name, value in watched.items():
+        for name, value in {**watched, "tokens": batch.attention_mask.sum()}.items():
             sums[name] = sums.get(name, 0) + value
     return sums
 
 
 def batch_indices(step: int, n: int, batch_size: int, seed: int) -> list:
-    """The records of one step: a walk through one seeded permutation of 0..n−1 an epoch, without end."""
-    indices = []
-    for i in range(step * batch_size, (step + 1) * batch_size):
-        if i % n == 0 or not indices:
-            order = torch.randperm(n, generator=torch.Generator().manual_seed(seed_of(seed, "order", i // n)))
-        indices.append(order[i % n].item())
-    return indices
+    """The records of one step: a walk, without end, through a seeded permutation of 0..n−1 an epoch."""
+    order = functools.cache(
+        lambda epoch: torch.randperm(n, generator=torch.Generator().manual_seed(seed_of(seed, "order", epoch))).tolist()
+    )
+    return [order(i // n)[i % n] for i in range(step * batch_size, (step + 1) * batch_size)]
 
 
 def train(
@@ -447,7 +466,7 @@ def train(
     if folder.exists():
         run.say(f"{stage}: finished before, in {folder}")
         return str(folder)
-    policy = load_lm(start, run, gradient_checkpointing=args.gradient_checkpointing)
+    policy = load_lm(start, run, args.gradient_checkpointing)
     parallel = policy if run.world == 1 else DistributedDataParallel(policy, broadcast_buffers=False)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=learning_rate, weight_decay=args.weight_decay, fused=True)
     batch_size = min(args.batch_size, len(pairs))
@@ -455,29 +474,29 @@ def train(
     warmup = math.ceil(args.warmup_ratio * steps)
     first = load_checkpoint(run, stage, policy.model, optimizer)
     log = Log(run, stage, batch_size, steps, first)
-    with stop_on_ctrl_c() as stop:
-        for step in range(first, steps):
-            torch.manual_seed(seed_of(args.seed, stage, step, run.rank))
-            indices = batch_indices(step, len(pairs), batch_size, args.seed)
-            indices = sorted(indices, key=lambda i: pairs[i].length)[run.rank :: run.world]
-            examples = examples_of(policy, [pairs[i] for i in indices])
-            sums = accumulate_gradient(parallel, examples, loss_of, batch_size, run)
+    interrupt = CtrlC()
+    for step in range(first, steps):
+        torch.manual_seed(seed_of(args.seed, stage, step, run.rank))
+        indices = batch_indices(step, len(pairs), batch_size, args.seed)
+        indices = sorted(indices, key=lambda i: len(pairs[i].chosen))[run.rank :: run.world]
+        examples = examples_of(policy, [pairs[i] for i in indices])
+        sums = accumulate_gradient(parallel, examples, loss_of, batch_size, run)
 
-            schedule = min((step + 1) / warmup if warmup else 1, (steps - step) / max(1, steps - warmup))
-            optimizer.param_groups[0]["lr"] = learning_rate * schedule
-            grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
+        schedule = min((step + 1) / warmup if warmup else 1, (steps - step) / max(1, steps - warmup))
+        optimizer.param_groups[0]["lr"] = learning_rate * schedule
+        grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
 
-            tokens = sum(len(prompt) + len(response) for example in examples for prompt, response, _ in example)
-            log.add(step, sums, grad_norm, learning_rate * schedule, tokens)
-            save = (step + 1) % args.save_steps == 0 or stop.requested
-            if save or step + 1 == steps or (step + 1) % args.logging_steps == 0:
-                log.flush(pairs)
-            if save:
-                save_checkpoint(run, stage, policy.model, optimizer, step + 1)
-            if stop.requested:
-                raise KeyboardInterrupt
+        log.add(step, learning_rate * schedule, grad_norm, sums)
+        save = (step + 1) % args.save_steps == 0 or interrupt.asked
+        if save or step + 1 == steps or (step + 1) % args.logging_steps == 0:
+            log.flush(pairs)  # stops at a loss that is not finite, so it comes before the checkpoint
+        if save:
+            save_checkpoint(run, stage, policy.model, optimizer, step + 1)
+        if interrupt.asked:
+            raise KeyboardInterrupt
+    interrupt.restore()
     log.close()
     save_model(run, policy.model, folder)
     return str(folder)
@@ -489,58 +508,57 @@ def train(
 
 
 def align(args: "Args") -> dict:
-    """Run every stage that is not finished yet; leave models, metrics, samples and results in args.output_dir.
+    """Run every stage that is not finished yet; leave models, metrics, samples and results in the output folder.
 
     Returns what results.json holds. Raises BadInput before any training, and before anything is written, if the
     settings, the models or the data cannot be used.
     """
     run, train_pairs, test_pairs = set_up(args)
+    args = run.args  # with every default filled in
+    chosen_only = lambda policy, pairs: [[pair.chosen] for pair in pairs]
+    both = lambda policy, pairs: [[pair.chosen, pair.rejected] for pair in pairs]
 
     # π_ref: a base model first learns what responses look like
     reference = args.model
-    if run.sft:
-        chosen_only = lambda policy, pairs: [[(pair.prompt, pair.chosen, 0.0)] for pair in pairs]
-        reference = train(
-            run, "sft", reference, train_pairs, chosen_only, sft_batch_loss, args.sft_learning_rate, args.sft_epochs
-        )
+    if args.sft:
+        settings = (args.sft_learning_rate, args.sft_epochs)
+        reference = train(run, "sft", reference, train_pairs, chosen_only, sft_batch_loss, *settings)
 
-    # π_dpo and π_dpo⁻: the same function on the pairs and on the swapped pairs, with one pass of the reference for both
-    def dpo_stage(stage, pairs):
-        both = lambda policy, pairs: [pair.sequences() for pair in pairs]
-        loss = lambda policy, batch: dpo_batch_loss(policy, batch, args.beta)
-        return train(run, stage, reference, pairs, both, loss, args.dpo_learning_rate, args.dpo_epochs)
+    # π_dpo and π_dpo⁻: the same function on the pairs and on the swapped ones; one pass of the reference serves both
+    def train_dpo(stage, pairs):
+        settings = (args.dpo_learning_rate, args.dpo_epochs)
+        return train(run, stage, reference, pairs, both, functools.partial(dpo_batch_loss, beta=args.beta), *settings)
 
     if not (args.dpo and args.reverse_dpo):
         add_reference_logps(run, reference, train_pairs)
-    dpo = args.dpo or dpo_stage("dpo", train_pairs)
-    reverse = args.reverse_dpo or dpo_stage("reverse_dpo", [pair.swapped() for pair in train_pairs])
+    dpo = args.dpo or train_dpo("dpo", train_pairs)
+    reverse = args.reverse_dpo or train_dpo("reverse_dpo", [pair.swapped() for pair in train_pairs])
 
-    # π_θ: distilled from the extrapolated teacher, on its own responses or on the chosen ones
-    def responses(policy, pairs):
-        if args.off_policy:
-            return [[(pair.prompt, pair.chosen, 0.0)] for pair in pairs]
-        with run.autocast():
-            sampled = sample(policy, [pair.prompt for pair in pairs], run)
-        return [[(pair.prompt, response, 0.0)] for pair, response in zip(pairs, sampled)]
+    # π_θ: distilled from the extrapolated teacher on its own responses, or on the chosen ones
+    def own_responses(policy, pairs):
+        sampled = sample(policy, [pair.chosen.prompt for pair in pairs], run)
+        return [[Response(pair.chosen.prompt, tokens)] for pair, tokens in zip(pairs, sampled)]
 
     def alpha_of(dpo_logits, base_logits):
         if args.alpha == "adaptive":
             return adaptive_alpha(dpo_logits, base_logits, args.r, args.eps)
         return dpo_logits.new_full(dpo_logits.shape[:-1], float(args.alpha))
 
-    def distill_stage():
+    @functools.cache  # loaded at the first step: not at all if the stage is finished
+    def teachers():
         dpo_lm = load_frozen(dpo, run)
-        base_folder = reverse if args.reward == "contrastive" else reference
-        base_lm = dpo_lm if args.alpha == "0" else load_frozen(base_folder, run)
-        loss = lambda policy, batch: distillation_batch_loss(
-            policy, batch, dpo_lm, base_lm, args.reward, alpha_of, args.beta
-        )
-        start = dpo if args.init_from == "dpo" else reference
-        return train(
-            run, "policy", start, train_pairs, responses, loss, args.distill_learning_rate, args.distill_epochs
-        )
+        if args.alpha != "adaptive" and float(args.alpha) == 0:
+            return dpo_lm, dpo_lm  # distillation from π_dpo itself has no base
+        return dpo_lm, load_frozen(reverse if args.reward == "contrastive" else reference, run)
 
-    policy = distill_stage()
+    def distill(policy, batch):
+        return distillation_batch_loss(policy, batch, *teachers(), args.reward, alpha_of, args.beta)
+
+    start = dpo if args.init_from == "dpo" else reference
+    responses = chosen_only if args.off_policy else own_responses
+    settings = (args.distill_learning_rate, args.distill_epochs)
+    policy = train(run, "policy", start, train_pairs, responses, distill, *settings)
+
     folders = {"reference": reference, "dpo": dpo, "reverse_dpo": reverse, "policy": policy}
     results = evaluate(run, folders, test_pairs)
     if run.rank == 0:
@@ -560,14 +578,18 @@ def setting(default, text: str):
 @dataclass
 class Args:
     # what to run
-    model: str = setting("demo", "hub id or local folder of a causal LM; 'demo' is the built-in world, model and preset")
+    model: str = setting(
+        "demo", "hub id or local folder of a causal LM; 'demo' is the built-in world, model and preset"
+    )
     dataset: str = setting(
         "HuggingFaceH4/ultrafeedback_binarized",
         "preference pairs: hub id, local folder, or a .jsonl, .json, .csv or .parquet file, in any of TRL's preference "
         "formats; 'demo' is the built-in world",
     )
     train_split: Optional[str] = setting(None, "split to train on (train_prefs, or else train)")
-    test_split: Optional[str] = setting(None, "split to evaluate on (test_prefs, or else test, or else a tenth held out)")
+    test_split: Optional[str] = setting(
+        None, "split to evaluate on (test_prefs, or else test, or else a tenth held out)"
+    )
     limit: Optional[int] = setting(None, "train on this many pairs (all)")
     output_dir: Optional[str] = setting(None, "where models and results go (runs/<model>)")
     overwrite: bool = setting(False, "start anew where output_dir holds a run, instead of going on with it")
@@ -579,9 +601,12 @@ class Args:
     # the method
     beta: float = setting(0.1, "β0 of DPO (Eq. 4)")
     reward: Literal["contrastive", "vanilla"] = setting(
-        "contrastive", "the teacher's reward: π_dpo against the reverse model (Eq. 15, 17) or against the reference (Eq. 11)"
+        "contrastive",
+        "the teacher's reward: π_dpo against the reverse model (Eq. 15, 17) or against the reference (Eq. 11)",
     )
-    alpha: str = setting("adaptive", "'adaptive' (Eq. 16) or a number: constant extrapolation, 0 for distillation from DPO")
+    alpha: str = setting(
+        "adaptive", "'adaptive' (Eq. 16) or a number: constant extrapolation, 0 for distillation from DPO"
+    )
     r: Optional[float] = setting(None, "scale of the adaptive α_t = r·TVD_t + ε (30 on-policy, 20 off-policy)")
     eps: float = setting(1e-3, "ε, the least α_t")
     off_policy: bool = setting(False, "distil on the chosen responses (Eq. 19), not on the policy's own (Eq. 18)")
@@ -620,7 +645,8 @@ DEMO = dict(
     dpo_epochs=2.5, distill_epochs=1.5, batch_size=64, max_length=64, max_prompt_length=12, sampling_batch_size=256,
     eval_prompts=512,
 )  # fmt: skip
-FREE_SETTINGS = {"output_dir", "overwrite", "save_steps", "logging_steps"}  # a run may go on with others of these
+FREE_SETTINGS = ("output_dir", "overwrite", "save_steps", "logging_steps")  # a run may go on with others of these
+OUTPUTS = "config.json sft dpo reverse_dpo policy checkpoint.pt reference_logps.pt metrics.jsonl samples.json results.json".split()
 
 
 class BadInput(Exception):
@@ -668,33 +694,16 @@ def check_settings(args: Args) -> None:
 
 @dataclass
 class Pair:
-    """One preference pair as token ids; responses end in the end token unless they were cut."""
+    """One preference pair. Both responses have the same prompt."""
 
-    prompt: array.array
-    chosen: array.array
-    rejected: array.array
+    chosen: Response
+    rejected: Response
     record: int  # its number in the data set, from 0
     instruction: str  # the prompt as people read it
-    ref_chosen_logps: float = 0.0
-    ref_rejected_logps: float = 0.0
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
-
-    def sequences(self) -> list:
-        """[(prompt, chosen, log π_ref), (prompt, rejected, log π_ref)]: what `collate` takes."""
-        return [
-            (self.prompt, self.chosen, self.ref_chosen_logps),
-            (self.prompt, self.rejected, self.ref_rejected_logps),
-        ]
 
     def swapped(self) -> "Pair":
         """The pair that reverse DPO trains on."""
-        return Pair(
-            self.prompt, self.rejected, self.chosen, self.record, self.instruction, self.ref_rejected_logps,
-            self.ref_chosen_logps,
-        )  # fmt: skip
+        return replace(self, chosen=self.rejected, rejected=self.chosen)
 
 
 def split_record(record: dict) -> tuple:
@@ -757,55 +766,56 @@ def stop_token(tokenizer) -> int:
     return tokenizer.eos_token_id
 
 
-def encode_pairs(records, numbers: list, most: int, run: "Run", source: str) -> list:
-    """Tokenize records[numbers] until there are `most` usable pairs. Says what was left out or cut."""
-    tokenizer, args, counts = run.tokenizer, run.args, dict.fromkeys(("empty", "identical", "prompt", "response"), 0)
-    bos = tokenizer.bos_token_id
-    start = [bos] if bos is not None and not tokenizer.chat_template and tokenizer("").input_ids[:1] == [bos] else []
-    ids_of = lambda texts: tokenizer(texts, add_special_tokens=False).input_ids if texts else []
-    pairs = []
+def encode_pairs(run: "Run", source: str, records, numbers: list, most: int) -> list:
+    """Tokenize records[numbers] until there are `most` usable pairs; say what was left out or cut."""
+    tokenizer, args, pairs, counts = run.tokenizer, run.args, [], Counter()
+    first_token = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else run.stop_ids[0]
+    starts_with_bos = not tokenizer.chat_template and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
     for first in run.bar(range(0, len(numbers), 500), f"tokenizing {source}", leave=False):
-        rows, texts = numbers[first : first + 500], []
-        for number, record in zip(rows, records.select(rows)):
+        rows = []
+        for number, record in zip(numbers[first : first + 500], records.select(numbers[first : first + 500])):
             try:
                 prompt, chosen, rejected = split_record(record)
             except ValueError as error:
                 raise BadInput(f"{where(source, number)}: {error}; mend or remove the record") from None
-            if isinstance(prompt, list) and not tokenizer.chat_template:
-                run.say_once("conversations for a model without a chat template: the plain template is used")
-            instruction = prompt if isinstance(prompt, str) else "\n\n".join(message["content"] for message in prompt)
-            if not chosen.strip() or not rejected.strip():
-                counts["empty"] += 1
-            elif chosen == rejected:
+            talk = isinstance(prompt, list)
+            counts["plain"] += talk and not tokenizer.chat_template
+            instruction = "\n\n".join(message["content"] for message in prompt) if talk else prompt
+            fault = (
+                "empty" if not (chosen.strip() and rejected.strip()) else "identical" if chosen == rejected else None
+            )
+            counts[fault] += 1
+            if not fault:
+                rows.append((render_prompt(prompt, chosen, tokenizer), chosen, rejected, number, instruction))
+        if not rows:
+            continue
+        # prompt and responses are tokenized apart, so that no merge crosses the boundary
+        ids = [tokenizer(list(texts), add_special_tokens=False).input_ids for texts in list(zip(*rows))[:3]]
+        for prompt, chosen, rejected, (*_, number, instruction) in zip(*ids, rows):
+            if starts_with_bos or not prompt:  # an empty prompt still needs a state to predict from
+                prompt = [first_token, *prompt]
+            counts["prompts"] += len(prompt) > args.max_prompt_length
+            prompt = array.array("i", prompt[-args.max_prompt_length :])
+            room = args.max_length - len(prompt)
+            counts["responses"] += (len(chosen) >= room) + (len(rejected) >= room)
+            chosen, rejected = (array.array("i", [*ids, run.stop_ids[0]][:room]) for ids in (chosen, rejected))
+            if chosen == rejected:
                 counts["identical"] += 1
             else:
-                texts.append((number, instruction, render_prompt(prompt, chosen, tokenizer), chosen, rejected))
-        # prompt and response are tokenized apart, so that no merge crosses the boundary
-        columns = [ids_of([row[i] for row in texts]) for i in (2, 3, 4)]
-        for (number, instruction, *_), prompt, chosen, rejected in zip(texts, *columns):
-            prompt = start + prompt or [run.stop_ids[0]]  # an empty prompt still needs a state to predict from
-            counts["prompt"] += len(prompt) > run.max_prompt_length
-            prompt = prompt[-run.max_prompt_length :]
-            room = run.max_length - len(prompt)
-            chosen, rejected = chosen + run.stop_ids[:1], rejected + run.stop_ids[:1]
-            if chosen[:room] == rejected[:room]:
-                counts["identical"] += 1
-                continue
-            counts["response"] += (len(chosen) > room) + (len(rejected) > room)
-            chosen, rejected = chosen[:room], rejected[:room]
-            ids = [array.array("i", part) for part in (prompt, chosen, rejected)]
-            pairs.append(Pair(*ids, record=number, instruction=instruction))
+                pairs.append(Pair(Response(prompt, chosen), Response(prompt, rejected), number, instruction))
         if len(pairs) >= most:
             break
-    left_out = f"left out {counts['empty']} with an empty and {counts['identical']} with identical responses"
-    cut = f"cut {counts['prompt']} prompts and {counts['response']} responses to the length limits"
-    pairs = pairs[:most]
-    run.say(f"{source}: {len(pairs):,} pairs; {left_out}; {cut}")
-    return pairs
+    if counts["plain"]:
+        run.say(f"{source}: conversations for a model without a chat template, so the plain template is used")
+    run.say(
+        f"{source}: {len(pairs[:most]):,} pairs; left out {counts['empty']} with an empty and {counts['identical']} with "
+        f"identical responses; cut {counts['prompts']} prompts and {counts['responses']} responses to the length limits"
+    )
+    return pairs[:most]
 
 
 def where(source: str, number: int) -> str:
-    """"FILE, line 7" for a JSON Lines file, "SOURCE, record 6 (from 0)" for anything else."""
+    """ "FILE, line 7" for a JSON Lines file, "SOURCE, record 6 (from 0)" for anything else."""
     if source.endswith(".jsonl") and os.path.isfile(source):
         with open(source, "rb") as file:
             lines = [i for i, line in enumerate(file, 1) if line.strip()]
@@ -813,68 +823,59 @@ def where(source: str, number: int) -> str:
     return f"{source}, record {number} (from 0)"
 
 
-def read_dataset(name: str, args: Args) -> datasets.DatasetDict:
+def read_dataset(name: str, seed: int) -> datasets.DatasetDict:
     """All splits of a local file or folder, a hub data set or the demo. Raises BadInput naming the file and the line."""
     if name == "demo":
-        train, test = demo_records(8192, args.seed), demo_records(1024, args.seed + 10**6)
-        return datasets.DatasetDict(train=datasets.Dataset.from_list(train), test=datasets.Dataset.from_list(test))
-    kinds = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-    kind = kinds.get(Path(name).suffix.lower())
+        parts = {"train": demo_records(8192, seed), "test": demo_records(1024, seed + 10**6)}
+        return datasets.DatasetDict({split: datasets.Dataset.from_list(records) for split, records in parts.items()})
+    kind = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(Path(name).suffix.lower())
     if kind and not Path(name).is_file():
-        raise BadInput(f"--dataset {name}: no such file")
-    try:
-        if kind:
-            return datasets.load_dataset(kind, data_files=name)
+        raise BadInput(f"--dataset {name}: no such file; check the path")
+    if not kind and not Path(name).is_dir():
         check_hub(name, "dataset")
-        return datasets.load_dataset(name)
-    except BadInput:
-        raise
-    except Exception as error:  # whatever the library raises is turned into one line, with the place where we find it
+    try:
+        return datasets.load_dataset(kind, data_files=name) if kind else datasets.load_dataset(name)
+    except Exception as error:  # whatever the library raises becomes one line, with the place where it can be found
         if kind == "json":
             find_bad_json(name)
-        raise BadInput(f"--dataset {name} cannot be read: {first_line(error)}") from error
+        raise BadInput(f"--dataset {name} cannot be read: {first_line(error)}; {hub_hint()}") from error
 
 
 def find_bad_json(path: str) -> None:
     """Raise BadInput with the first line of a .json or .jsonl file that is not UTF-8 or not JSON, if there is one."""
     content = Path(path).read_bytes()
-    if not content.strip():
-        raise BadInput(f"--dataset {path} is empty")
-    whole = not path.endswith(".jsonl")
-    for number, line in enumerate([content] if whole else content.splitlines(), 1):
+    for number, line in enumerate(content.splitlines() if path.endswith(".jsonl") else [content], 1):
         try:
             if line.strip():
                 json.loads(line.decode("utf-8-sig"))
         except UnicodeDecodeError as error:
-            raise BadInput(f"{path}, line {number + line[: error.start].count(10)}: not UTF-8; convert the file") from None
+            number += line[: error.start].count(b"\n")
+            raise BadInput(f"{path}, line {number}: not UTF-8; convert the file") from None
         except json.JSONDecodeError as error:
             raise BadInput(f"{path}, line {number + error.lineno - 1}: not JSON ({error.msg}); mend the line") from None
 
 
 def load_pairs(run: "Run") -> tuple:
-    """(training pairs, held-out pairs) as the settings say. Raises BadInput if fewer than one of each is left."""
+    """(training pairs, held-out pairs) as the settings say. Raises BadInput if either is empty."""
     args = run.args
-    splits = read_dataset(args.dataset, args)
-    pick = lambda given, usual: given or next((split for split in usual if split in splits), None)
-    train_split, test_split = pick(args.train_split, ("train_prefs", "train")), pick(args.test_split, ("test_prefs", "test"))
-    for flag, split in (("train_split", train_split), ("test_split", test_split)):
-        if (split or flag == "train_split") and split not in splits:
-            raise BadInput(f"--{flag} {split}: {args.dataset} has the splits {', '.join(splits)}")
-    records, held_out = splits[train_split], None
-    numbers = list(range(len(records)))
+    splits = read_dataset(args.dataset, args.seed)
+    train_split = args.train_split or ("train_prefs" if "train_prefs" in splits else "train")
+    test_split = args.test_split or next((split for split in ("test_prefs", "test") if split in splits), None)
+    for flag, split in (("train_split", train_split), ("test_split", test_split or train_split)):
+        if split not in splits:
+            raise BadInput(f"--{flag} {split}: {args.dataset} has only {', '.join(splits)}; name one of these")
+    numbers, held_out = (list(range(len(splits[split]))) for split in (train_split, test_split or train_split))
     if test_split is None:
-        generator = torch.Generator().manual_seed(seed_of(args.seed, "held out"))
-        order = torch.randperm(len(records), generator=generator).tolist()
-        cut = max(1, round(0.1 * len(records)))
-        numbers, held_out = sorted(order[cut:]), sorted(order[:cut])
-        run.say(f"{args.dataset} has no test split: {cut:,} of {len(records):,} records are held out")
-    train_pairs = encode_pairs(records, numbers, args.limit or len(numbers), run, args.dataset)
-    test_records = records if test_split is None else splits[test_split]
-    held_out = list(range(len(test_records))) if held_out is None else held_out
-    test_pairs = encode_pairs(test_records, held_out, args.eval_pairs, run, args.dataset)
+        random.Random(args.seed).shuffle(held_out)
+        cut = max(1, round(0.1 * len(held_out)))
+        numbers, held_out = sorted(held_out[cut:]), sorted(held_out[:cut])
+        run.say(f"{args.dataset} has no test split: {cut:,} of {cut + len(numbers):,} records are held out")
+    train_pairs = encode_pairs(run, args.dataset, splits[train_split], numbers, args.limit or len(numbers))
+    test_pairs = encode_pairs(run, args.dataset, splits[test_split or train_split], held_out, args.eval_pairs)
     if not train_pairs or not test_pairs:
-        few = "training" if not train_pairs else "held-out"
-        raise BadInput(f"--dataset {args.dataset} leaves no usable {few} pair: at least two different pairs are needed")
+        raise BadInput(
+            f"--dataset {args.dataset}: no usable pair to {'evaluate' if train_pairs else 'train'} on; add pairs"
+        )
     return train_pairs, test_pairs
 
 
@@ -960,7 +961,11 @@ def demo_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
     )
 
 
@@ -969,7 +974,16 @@ def demo_model(seed: int):
     torch.manual_seed(seed)
     vocabulary = len(demo_tokenizer())
     return transformers.GPT2LMHeadModel(
-        GPT2Config(vocab_size=vocabulary, n_positions=64, n_embd=64, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=1, tie_word_embeddings=False)
+        GPT2Config(
+            vocab_size=vocabulary,
+            n_positions=64,
+            n_embd=64,
+            n_layer=2,
+            n_head=4,
+            bos_token_id=1,
+            eos_token_id=1,
+            tie_word_embeddings=False,
+        )
     )
 
 
@@ -979,123 +993,126 @@ def demo_model(seed: int):
 
 
 def pair_logps(run: "Run", lm: LM, pairs: list, title: str) -> Tensor:
-    """log π of the chosen and the rejected response of every pair: (n, 2), float32 on the CPU, spread over the ranks."""
-    examples = [pair.sequences() for pair in pairs[run.rank :: run.world]]
+    """log π of the chosen and the rejected response of every pair: (n, 2), float32 on the CPU."""
+    examples = [[pair.chosen, pair.rejected] for pair in pairs[run.rank :: run.world]]
     logps = torch.zeros(len(pairs), 2, device=run.device)
     for group in run.bar(micro_batches(examples, run.args.tokens_per_micro_batch), title):
         with run.autocast():
-            both = response_logps(lm, collate_examples([examples[i] for i in group], run))
+            both = response_logps(lm, collate([examples[i] for i in group], run.pad_id, run.device))
         logps[[run.rank + i * run.world for i in group]] = both.view(2, -1).T
     return run.total(logps).cpu()
 
 
 def add_reference_logps(run: "Run", reference: str, pairs: list) -> None:
-    """Give every pair its log π_ref, once for both DPO runs; kept in the output folder."""
-    path, data = run.out / "reference_logps.pt", data_fingerprint(pairs)
-    if path.exists():
-        saved = torch.load(path, weights_only=True)
-        if saved["data"] != data:
-            raise BadInput(f"{run.out} belongs to a run on other data: use --overwrite or another --output_dir")
-    else:
-        saved = {"data": data, "logps": pair_logps(run, load_lm(reference, run), pairs, "reference logps")}
-        write_aside(run, path, lambda partial: torch.save(saved, partial))
-    for pair, (chosen, rejected) in zip(pairs, saved["logps"].tolist()):
-        pair.ref_chosen_logps, pair.ref_rejected_logps = chosen, rejected
+    """Give every response of the pairs its log π_ref, computed once and kept in the output folder."""
+    path = run.out / "reference_logps.pt"
+    if not path.exists():
+        logps = pair_logps(run, load_lm(reference, run), pairs, "reference logps")
+        write_aside(run, path, lambda aside: torch.save(logps, aside))
+    for pair, (chosen, rejected) in zip(pairs, torch.load(path, weights_only=True).tolist(), strict=True):
+        pair.chosen.ref_logps, pair.rejected.ref_logps = chosen, rejected
 
 
-def accuracy_interval(correct: Tensor) -> dict:
-    """Share of True in (n,), with Wilson's 95 % interval."""
-    n, p, z = len(correct), correct.float().mean().item(), 1.959964
+def accuracy_interval(margins: Tensor) -> dict:
+    """The share of positive margins (n,), with Wilson's 95 % interval."""
+    n, p, z = len(margins), (margins > 0).float().mean().item(), 1.959964
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return {"accuracy": p, "low": (middle - half) / (1 + z * z / n), "high": (middle + half) / (1 + z * z / n)}
 
 
 @torch.no_grad()
 def evaluate(run: "Run", folders: dict, test_pairs: list) -> dict:
-    """Compare π_ref, π_dpo, π_dpo⁻ and the policy, given as folders; write samples.json and results.json.
+    """Compare π_ref, π_dpo, π_dpo⁻ and the policy, given as folders; write samples.json, then results.json.
 
-    Per model, means over its own samples: `reward`, the contrastive reward Σ_t r_ctr (Eq. 12); `kl`, Σ_t KL from π_ref,
-    exact over the vocabulary at each state, in nats; `length` in tokens; `entropy` per token, in nats; in the demo
-    `true_reward` and `win_rate` against π_ref's response to the same prompt. `reward_accuracy`: the share of held-out
-    pairs in which each reward prefers the chosen response.
+    `models` holds means over each model's own responses to held-out prompts (see `sample_and_score`) and, in the demo,
+    the win rate against π_ref's. `reward_accuracy` is the share of held-out pairs in which a reward prefers the chosen
+    response: log π_dpo/π_ref (dpo), log π_ref/π_dpo⁻ (reverse), and their sum log π_dpo/π_dpo⁻ (contrastive).
     """
-    if (run.out / "results.json").exists():
+    path = run.out / "results.json"
+    if path.exists():
         run.say("evaluation: finished before")
-        return json.loads((run.out / "results.json").read_text())
+        return json.loads(path.read_text())
     lms = {name: load_lm(folder, run) for name, folder in folders.items()}
-    logps = {name: pair_logps(run, lms[name], test_pairs, f"held-out pairs, {name}") for name in list(lms)[:3]}
-    accuracy = {}
-    for name, a, b in (("dpo", "dpo", "reference"), ("reverse", "reference", "reverse_dpo"), ("contrastive", "dpo", "reverse_dpo")):
-        chosen, rejected = implicit_reward(logps[a], logps[b], run.args.beta).unbind(-1)
-        accuracy[name] = accuracy_interval(chosen > rejected)
+    names = ("reference", "dpo", "reverse_dpo")
+    reference, dpo, reverse = (pair_logps(run, lms[name], test_pairs, f"held-out pairs, {name}") for name in names)
+    accuracy = {"n": len(test_pairs)}
+    for name, (logps, base) in {
+        "dpo": (dpo, reference),
+        "reverse": (reference, reverse),
+        "contrastive": (dpo, reverse),
+    }.items():
+        chosen, rejected = implicit_reward(logps, base, run.args.beta).unbind(-1)
+        accuracy[name] = accuracy_interval(chosen - rejected)
 
-    prompts = test_pairs[: run.args.eval_prompts]
-    results, samples = {}, []
-    for name, lm in lms.items():
-        torch.manual_seed(seed_of(run.args.seed, "evaluation", 0, run.rank))  # the same for every model
-        mine = prompts[run.rank :: run.world]
+    samples = {name: sample_and_score(run, name, lms, test_pairs[: run.args.eval_prompts]) for name in lms}
+    columns = [
+        column for column in ("reward", "kl", "length", "entropy", "true_reward") if column in samples["policy"][0]
+    ]
+    mean = lambda values: sum(values) / len(values)
+    scores = {
+        name: {column: mean([row[column] for row in rows]) for column in columns} for name, rows in samples.items()
+    }
+    if "true_reward" in columns:
+        beats = lambda a, b: (a["true_reward"] > b["true_reward"]) + 0.5 * (a["true_reward"] == b["true_reward"])
+        for name, rows in samples.items():
+            scores[name]["win_rate"] = mean([beats(row, other) for row, other in zip(rows, samples["reference"])])
+    write_json(run, run.out / "samples.json", [row for rows in samples.values() for row in rows])
+    write_json(run, path, {"models": scores, "reward_accuracy": accuracy})
+    return {"models": scores, "reward_accuracy": accuracy}
+
+
+def sample_and_score(run: "Run", name: str, lms: dict, pairs: list) -> list:
+    """One response of lms[name] to each pair's prompt, as a list of dicts in AlpacaEval's form with more fields.
+
+    `reward` is Σ_t r_ctr (Eq. 12) and `token_rewards` its terms; `kl` is Σ_t KL(π ‖ π_ref), exact over the vocabulary at
+    each state, in nats; `length` counts tokens; `entropy` is the mean per token, in nats; `true_reward` the demo's.
+    """
+    lm, rows = lms[name], []
+    torch.manual_seed(seed_of(run.args.seed, "evaluation", run.rank))  # the same random numbers for every model
+    mine = pairs[run.rank :: run.world]
+    responses = [
+        Response(pair.chosen.prompt, y) for pair, y in zip(mine, sample(lm, [p.chosen.prompt for p in mine], run))
+    ]
+    scored = [None] * len(mine)
+    groups = micro_batches([[response] for response in responses], run.args.tokens_per_micro_batch)
+    for group in run.bar(groups, f"scoring {name}", leave=False):
+        batch = collate([[responses[i]] for i in group], run.pad_id, run.device)
+
+        def values(chunk, rows, batch=batch):
+            logits = {key: other.logits(hidden[key][rows]) for key, other in lms.items()}  # noqa: B023
+            logps = {key: token_logps(logits[key], batch.targets[rows]) for key in ("dpo", "reverse_dpo")}
+            reward = implicit_reward(logps["dpo"], logps["reverse_dpo"], run.args.beta)
+            return torch.stack([reward, reverse_kl(logits[name], logits["reference"]), entropy(logits[name])], -1)
+
         with run.autocast():
-            responses = sample(lm, [pair.prompt for pair in mine], run)
-        scores = score_responses(run, lm, lms, [(pair.prompt, y, 0.0) for pair, y in zip(mine, responses)], name)
-        rows = run.gather([(pair.instruction, list(y), *score) for pair, y, score in zip(mine, responses, scores)])
-        column = lambda i: torch.tensor([row[i] for row in rows])
-        results[name] = {
-            "reward": torch.tensor([sum(row[2]) for row in rows]).mean().item(),
-            "kl": column(3).mean().item(),
-            "length": sum(len(row[1]) for row in rows) / len(rows),
-            "entropy": (column(4).sum() / sum(len(row[1]) for row in rows)).item(),
+            hidden = {key: other.hidden(batch) for key, other in lms.items()}
+            measured = in_chunks(values, hidden[name], lm.chunk_size)
+        for i, part in zip(group, measured.cpu().split(batch.lengths.tolist())):
+            scored[i] = part
+    for pair, response, (rewards, kl, entropies) in zip(mine, responses, (part.unbind(-1) for part in scored)):
+        texts = [run.tokenizer.decode(response.tokens[:end]) for end in range(len(response.tokens) + 1)]
+        row = {
+            "instruction": pair.instruction,
+            "output": run.tokenizer.decode(response.tokens, skip_special_tokens=True),
+            "generator": name,
+            "tokens": [after[len(before) :] for before, after in pairwise(texts)],
+            "token_rewards": rewards.tolist(),
+            "reward": rewards.sum().item(),
+            "kl": kl.sum().item(),
+            "length": len(response.tokens),
+            "entropy": entropies.mean().item(),
         }
-        for instruction, y, rewards, *_ in rows:
-            output = run.tokenizer.decode(y, skip_special_tokens=True)
-            samples.append(
-                {"instruction": instruction, "output": output, "generator": name, "tokens": token_texts(run, y), "token_rewards": rewards}
-            )  # fmt: skip
-        if run.args.dataset == "demo":
-            true = torch.tensor([true_reward(sample["output"]) for sample in samples]).view(-1, len(rows))
-            wins = (true[-1] > true[0]).float() + 0.5 * (true[-1] == true[0]).float()
-            results[name] |= {"true_reward": true[-1].mean().item(), "win_rate": wins.mean().item()}
-    results = {"models": results, "reward_accuracy": {**accuracy, "n": len(test_pairs)}}
-    write_json(run, run.out / "samples.json", samples)
-    write_json(run, run.out / "results.json", results)
-    return results
-
-
-def score_responses(run: "Run", lm: LM, lms: dict, sequences: list, title: str) -> list:
-    """[(r_ctr of each token, Σ_t KL from π_ref, Σ_t entropy), ...] of responses that `lm` sampled."""
-    scores = [None] * len(sequences)
-    for group in run.bar(micro_batches([[s] for s in sequences], run.args.tokens_per_micro_batch), f"scoring {title}", leave=False):
-        batch = collate_examples([[sequences[i]] for i in group], run)
-        with run.autocast():
-            hidden = {key: lms[key].hidden(batch) for key in ("reference", "dpo", "reverse_dpo")}
-
-            def values(chunk, rows):
-                own, targets = lm.logits(chunk), batch.targets[rows]
-                logits = {key: lms[key].logits(hidden[key][rows]) for key in hidden}
-                logps = [token_logps(logits[key], targets) for key in ("dpo", "reverse_dpo")]
-                reward = implicit_reward(*logps, run.args.beta)
-                return torch.stack([reward, reverse_kl(own, logits["reference"]), entropy(own)], -1)
-
-            values = in_chunks(values, lm.hidden(batch), lm.chunk_size)
-        sums, rewards = response_sums(values, batch).tolist(), values[:, 0].split(batch.lengths.tolist())
-        for i, (_, kl, entropy_sum), reward in zip(group, sums, rewards):
-            scores[i] = (reward.tolist(), kl, entropy_sum)
-    return scores
-
-
-def token_texts(run: "Run", ids: list) -> list:
-    """The text that each token adds to the response."""
-    texts = [run.tokenizer.decode(ids[:end]) for end in range(len(ids) + 1)]
-    return [after[len(before) :] for before, after in zip(texts, texts[1:])]
+        rows.append(row | ({"true_reward": true_reward(row["output"])} if run.args.dataset == "demo" else {}))
+    return run.gather(rows)
 
 
 def shade(tokens: list, rewards: list, colour: bool) -> str:
-    """Tokens as one line of text for a terminal, green where r_ctr is positive and red where it is negative."""
+    """Tokens as one line for a terminal, on green where r_ctr is positive and on red where it is negative."""
     texts = ["".join(c if c.isprintable() else repr(c)[1:-1] for c in token) for token in tokens]
     if not colour:
         return "".join(texts)
-    top = max(1e-9, *map(abs, rewards))
-    greens, reds = (194, 157, 120, 83, 46), (224, 217, 210, 203, 196)  # ANSI's 256 colours, pale to full
-    pick = lambda reward: (greens if reward > 0 else reds)[min(4, int(5 * abs(reward) / top))]
+    shades, top = {True: (194, 157, 120, 83, 46), False: (224, 217, 210, 203, 196)}, max(1e-9, *map(abs, rewards))
+    pick = lambda reward: shades[reward > 0][min(4, int(5 * abs(reward) / top))]  # of ANSI's 256, from pale to full
     return "".join(f"\x1b[30;48;5;{pick(reward)}m{text}\x1b[0m" for text, reward in zip(texts, rewards))
 
 
@@ -1105,17 +1122,16 @@ def report(run: "Run", results: dict) -> None:
     print("\n" + " " * 12 + "".join(f"{column:>13}" for column in columns))
     for name, row in results["models"].items():
         print(f"{name:12}" + "".join(f"{row[column]:13.3f}" for column in columns))
-    print(f"\nheld-out reward accuracy on {results['reward_accuracy']['n']} pairs, with a 95 % interval")
+    print(f"\nheld-out reward accuracy on {results['reward_accuracy'].pop('n')} pairs, with a 95 % interval")
     for name, row in results["reward_accuracy"].items():
-        if name != "n":
-            print(f"{name:12}{row['accuracy']:8.1%}   [{row['low']:.1%}, {row['high']:.1%}]")
+        print(f"{name:12}{row['accuracy']:8.1%}   [{row['low']:.1%}, {row['high']:.1%}]")
     samples = json.loads((run.out / "samples.json").read_text())
-    for i in range(min(3, len(samples) // 4)):
-        of_prompt = samples[i :: len(samples) // 4]
-        print("\n> " + shade([of_prompt[0]["instruction"]], [0.0], colour=False))
-        for entry in of_prompt:
-            if entry["generator"] != "reverse_dpo":
-                print(f"{entry['generator']:>10}: " + shade(entry["tokens"], entry["token_rewards"], sys.stdout.isatty()))
+    prompts = len(samples) // len(results["models"])
+    for i in range(min(3, prompts)):
+        print("\n> " + shade([samples[i]["instruction"]], [0.0], colour=False))
+        for row in samples[i::prompts]:
+            if row["generator"] != "reverse_dpo":
+                print(f"{row['generator']:>10}: " + shade(row["tokens"], row["token_rewards"], sys.stdout.isatty()))
     print(f"\nmodels, metrics, samples and results are in {run.out}")
 
 
@@ -1129,32 +1145,22 @@ def seed_of(*parts) -> int:
     return zlib.crc32("/".join(map(str, parts)).encode())
 
 
-def data_fingerprint(pairs: list) -> int:
-    """One number that changes with any token of any pair."""
-    crc = 0
-    for pair in pairs:
-        for ids in (pair.prompt, pair.chosen, pair.rejected):
-            crc = zlib.crc32(ids.tobytes(), zlib.crc32(b"|", crc))
-    return crc
-
-
 def first_line(error: BaseException) -> str:
-    """An exception as one line."""
+    """An exception's root cause as one line."""
     while error.__cause__ is not None:
         error = error.__cause__
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 class Run:
-    """What every stage needs beside the mathematics: settings, tokenizer, device, ranks, limits, bars."""
+    """What every stage needs beside the mathematics: settings, tokenizer, device, ranks, progress bars."""
 
     def __init__(self, args: Args):
-        self.args, self.said = args, set()
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.args, self.out = args, Path(args.output_dir or f"runs/{Path(args.model).name}")
+        self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         self.device = pick_device(args.device)
         self.teacher_device = pick_device(args.teacher_device) if args.teacher_device else self.device
         self.bf16 = self.device.type == "cuda" if args.bf16 is None else args.bf16
-        self.out = Path(args.output_dir or f"runs/{Path(args.model).name}")
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
@@ -1163,13 +1169,12 @@ class Run:
         if self.rank == 0:
             tqdm.write(text)
 
-    def say_once(self, text: str) -> None:
-        if text not in self.said:
-            self.said.add(text)
-            self.say(text)
+    def bar(self, items, title: str, **options):
+        return tqdm(items, title, dynamic_ncols=True, **{"disable": self.rank > 0, **options})
 
-    def bar(self, items, title: str, leave=True, disable=False):
-        return tqdm(items, title, leave=leave, disable=disable or self.rank > 0, dynamic_ncols=True)
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
 
     def total(self, values: Tensor) -> Tensor:
         """The sum over ranks."""
@@ -1177,179 +1182,186 @@ class Run:
             dist.all_reduce(values)
         return values
 
-    def barrier(self) -> None:
-        if self.world > 1:
-            dist.barrier()
-
     def gather(self, mine: list) -> list:
         """Lists of rank 0, 1, ..., dealt out as items[rank::world] → all items in their order, on every rank."""
-        if self.world == 1:
-            return mine
-        parts = [None] * self.world
-        dist.all_gather_object(parts, mine)
+        parts = [mine]
+        if self.world > 1:
+            dist.all_gather_object(parts := [None] * self.world, mine)
         return [parts[i % self.world][i // self.world] for i in range(sum(map(len, parts)))]
 
 
 def pick_device(name: Optional[str]) -> torch.device:
     """The named device, or the best that is there. Raises BadInput for one that is not."""
-    local = int(os.environ.get("LOCAL_RANK", 0))
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        device = torch.device(f"cuda:{local}" if name == "cuda" else name)
+        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" else name)
         torch.empty(1, device=device)
         return device
     except (RuntimeError, AssertionError) as error:
-        raise BadInput(f"device {name} is not there: {first_line(error)}; choose another with --device") from None
+        raise BadInput(f"device {name} is not there ({first_line(error)}); choose another with --device") from None
 
 
 def check_hub(name: str, kind: str) -> None:
     """One quick question to the hub, so that a typo or a missing network is said at once and not after many retries."""
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return
     try:
         getattr(huggingface_hub.HfApi(), f"{kind}_info")(name, timeout=8)
     except (huggingface_hub.errors.RepositoryNotFoundError, huggingface_hub.errors.HFValidationError):
         raise BadInput(f"--{kind} {name}: neither a local folder nor on the hub; check the spelling") from None
     except Exception as error:
-        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True  # from here on, only the cache
-        tqdm.write(f"the hub does not answer ({first_line(error)}): looking for {name} in the local cache")
+        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+        tqdm.write(f"the hub does not answer ({first_line(error)}): from here on, only what is in the local cache")
+
+
+def hub_hint() -> str:
+    offline = huggingface_hub.constants.HF_HUB_OFFLINE
+    return "the hub is out of reach: local folders and files, and --model demo, work offline" if offline else "check it"
 
 
 def load_pretrained(loader, name: str, **options):
-    """loader.from_pretrained with any failure as one line. Never runs code that comes with a checkpoint."""
+    """loader.from_pretrained, with any failure as one line. Never runs code that comes with a checkpoint."""
+    if not os.path.isdir(name):
+        check_hub(name, "model")
     try:
-        if not os.path.isdir(name) and not huggingface_hub.constants.HF_HUB_OFFLINE:
-            check_hub(name, "model")
         return loader.from_pretrained(name, trust_remote_code=False, **options)
-    except BadInput:
-        raise
-    except Exception as error:  # the library raises many types; all mean that this model cannot be had
-        hint = "give a local folder, or one that is in the cache" if huggingface_hub.constants.HF_HUB_OFFLINE else "check it"
-        raise BadInput(f"model {name} cannot be loaded: {first_line(error)}; {hint}") from error
+    except Exception as error:  # of many types, which all mean that this model cannot be had
+        raise BadInput(f"model {name} cannot be loaded ({first_line(error)}); {hub_hint()}") from error
 
 
-def load_lm(name: str, run: Run, gradient_checkpointing: bool = False, device=None, dtype=torch.float32) -> LM:
+def load_lm(name: str, run: Run, gradient_checkpointing=False, device=None, dtype=torch.float32) -> LM:
     """A causal LM in `dtype` on `device`, its logits checked against the model's own on a short input."""
-    if name == "demo":
-        model = demo_model(run.args.seed)
-    else:
-        model = load_pretrained(AutoModelForCausalLM, name, dtype=torch.float32, use_safetensors=True)
-    lm = LM(model, run.args.chunk_size)
-    ids = torch.arange(3, 11)[None] % model.config.get_text_config().vocab_size
-    batch = Batch(ids, torch.ones_like(ids), torch.arange(8), ids[0], torch.zeros(8).long(), torch.tensor([8]), torch.zeros(1))
+    options = {"dtype": torch.float32, "use_safetensors": True}
+    model = demo_model(run.args.seed) if name == "demo" else load_pretrained(AutoModelForCausalLM, name, **options)
+    lm, example = LM(model), Response([1], list(range(2, 9)))
     with torch.no_grad():
-        ours, own = lm.logits(lm.hidden(batch)), model(input_ids=ids, use_cache=False).logits[0].float()
+        ours = lm.logits(lm.hidden(batch := collate([[example]], 0)))
+        own = lm.model(input_ids=batch.input_ids, use_cache=False).logits[0, :-1].float()
     if not torch.allclose(ours, own, rtol=1e-4, atol=1e-4 * own.abs().max().item()):
-        raise BadInput(f"model {name}: its logits are not head(body(tokens)), so its architecture is not supported")
-    lm = LM(model.to(device or run.device, dtype), run.args.chunk_size, run.device)
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return lm
+        raise BadInput(f"model {name}: its logits are not head(body(tokens)), so it is not supported; choose another")
+    return LM(model.to(device or run.device, dtype), run.args.chunk_size, run.device, gradient_checkpointing)
 
 
 def load_frozen(name: str, run: Run) -> LM:
-    """A teacher: no gradients, in bfloat16 where the run uses it, on the teachers' device."""
-    lm = load_lm(name, run, device=run.teacher_device, dtype=torch.bfloat16 if run.bf16 else torch.float32)
-    return lm.requires_grad_(False)
+    """A teacher: without gradients, in bfloat16 where the run uses it, on the teachers' device."""
+    dtype = torch.bfloat16 if run.bf16 else torch.float32
+    return load_lm(name, run, device=run.teacher_device, dtype=dtype).requires_grad_(False)
 
 
 def set_up(args: Args) -> tuple:
-    """Check everything that can be checked before training, then open the output folder: (run, training, held-out)."""
+    """Check all that can be checked before training, then open the output folder: (run, training, held-out pairs)."""
     check_settings(args)
     run = Run(args)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if run.world > 1:
         if args.batch_size < run.world:
-            raise BadInput(f"--batch_size {args.batch_size} is less than the {run.world} processes: raise it")
+            raise BadInput(f"--batch_size {args.batch_size} is less than the {run.world} processes; raise it")
         if run.device.type == "cuda":
             torch.cuda.set_device(run.device)
         dist.init_process_group("nccl" if run.device.type == "cuda" else "gloo")
-    demo = args.model == "demo"
-    run.tokenizer = demo_tokenizer() if demo else load_pretrained(AutoTokenizer, args.model)
-    if run.tokenizer.eos_token_id is None:
-        raise BadInput(f"model {args.model}: its tokenizer has no end-of-sequence token, so no response could end")
-    run.sft = not run.tokenizer.chat_template if args.sft is None else args.sft
-    run.stop_ids = list(dict.fromkeys([stop_token(run.tokenizer), run.tokenizer.eos_token_id]))
-    run.pad_id = run.tokenizer.eos_token_id if run.tokenizer.pad_token_id is None else run.tokenizer.pad_token_id
-    if args.r is None:
-        args.r = 20.0 if args.off_policy else 30.0
+    tokenizer = demo_tokenizer() if args.model == "demo" else load_pretrained(AutoTokenizer, args.model)
+    if tokenizer.eos_token_id is None:
+        raise BadInput(
+            f"model {args.model}: its tokenizer has no end-of-sequence token; set one, so that responses end"
+        )
+    run.tokenizer, run.stop_ids = tokenizer, list(dict.fromkeys([stop_token(tokenizer), tokenizer.eos_token_id]))
+    run.pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     config = load_lm(args.model, run).model.config.get_text_config()
     for folder in filter(None, (args.dpo, args.reverse_dpo)):
-        other = load_lm(folder, run).model.config.get_text_config().vocab_size
-        if other != config.vocab_size:
-            raise BadInput(f"teacher {folder} has a vocabulary of {other}, the model one of {config.vocab_size}: they must match")
-        if load_pretrained(AutoTokenizer, folder).get_vocab() != run.tokenizer.get_vocab():
-            raise BadInput(f"teacher {folder} has another tokenizer than {args.model}: they must match")
+        vocabulary = load_lm(folder, run).model.config.get_text_config().vocab_size
+        same = (
+            vocabulary == config.vocab_size
+            and load_pretrained(AutoTokenizer, folder).get_vocab() == tokenizer.get_vocab()
+        )
+        if not same:
+            raise BadInput(
+                f"teacher {folder}: its vocabulary or tokenizer is not that of {args.model}; they must be the same"
+            )
     positions = getattr(config, "max_position_embeddings", None) or sys.maxsize
-    run.max_length = args.max_length or min(2048, positions)
-    if run.max_length < 2048 and args.max_length is None:
+    length = args.max_length or min(2048, positions)
+    if args.max_length is None and length < 2048:
         run.say(f"max_length is lowered from 2048 to the model's {positions} positions")
-    run.max_prompt_length = args.max_prompt_length or run.max_length // 2
-    run.max_new_tokens = run.max_length - run.max_prompt_length
-    if run.max_length > positions:
-        raise BadInput(f"--max_length {run.max_length} is more than the {positions} positions of {args.model}: lower it")
-    if run.max_prompt_length < 1 or run.max_new_tokens < 2:
-        raise BadInput(f"--max_length {run.max_length} leaves no room for a response after {run.max_prompt_length} of prompt")
+    run.args = args = replace(
+        args,
+        r=(20.0 if args.off_policy else 30.0) if args.r is None else args.r,
+        sft=not tokenizer.chat_template if args.sft is None else args.sft,
+        max_length=length,
+        max_prompt_length=args.max_prompt_length or length // 2,
+    )
+    if length > positions:
+        raise BadInput(f"--max_length {length} is more than the {positions} positions of {args.model}; lower it")
+    if length - args.max_prompt_length < 2:
+        raise BadInput(f"--max_length {length} leaves no room for a response after --max_prompt_length; lower that")
     train_pairs, test_pairs = load_pairs(run)
-    open_output(run)
+    open_output(run, train_pairs + test_pairs)
     return run, train_pairs, test_pairs
 
 
-def open_output(run: Run) -> None:
-    """Make the output folder, or go on with the run in it if its settings are the same. Raises BadInput otherwise."""
-    config, settings = run.out / "config.json", asdict(run.args)
+def open_output(run: Run, pairs: list) -> None:
+    """Make the output folder, or go on with the run in it if its settings and data are the same; else raise BadInput."""
+    crc = 0
+    for ids in (ids for pair in pairs for ids in (pair.chosen.prompt, pair.chosen.tokens, pair.rejected.tokens)):
+        crc = zlib.crc32(ids, zlib.crc32(b"|", crc))
+    settings, config = asdict(run.args) | {"data": crc}, run.out / "config.json"
     try:
         if config.exists() and not run.args.overwrite:
             saved = json.loads(config.read_text())
-            differ = [f"{k}: {saved.get(k)} there, {v} now" for k, v in settings.items() if saved.get(k) != v and k not in FREE_SETTINGS]
+            differ = [
+                f"{k} {saved.get(k)} → {v}" for k, v in settings.items() if saved.get(k) != v and k not in FREE_SETTINGS
+            ]
             if differ:
-                raise BadInput(f"{run.out} holds a run with other settings ({'; '.join(differ)}): use --overwrite or another --output_dir")
+                raise BadInput(
+                    f"{run.out} is of a run with other settings ({', '.join(differ)}); use --overwrite or another folder"
+                )
             return
         run.barrier()
         if run.rank == 0:
             run.out.mkdir(parents=True, exist_ok=True)
-            names = "sft dpo reverse_dpo policy checkpoint.pt reference_logps.pt metrics.jsonl results.json samples.json config.json"
-            for path in [run.out / name for name in names.split()]:
+            for name in OUTPUTS:
+                path = run.out / name
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        write_json(run, config, settings)
     except OSError as error:
-        raise BadInput(f"output folder {run.out} cannot be written: {error.strerror}; choose another --output_dir") from None
+        raise BadInput(
+            f"output folder {run.out} cannot be used ({error.strerror}); choose another --output_dir"
+        ) from None
+    write_json(run, config, settings)
 
 
 def write_aside(run: Run, path: Path, write: Callable) -> None:
-    """write(partial path) on rank 0, then flush and rename, so that a file or folder is there whole or not at all."""
+    """write(another path) on rank 0, then flush and rename it, so that `path` is there whole or not at all."""
     if run.rank == 0:
-        partial = path.with_name(path.name + ".partial")
-        shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
-        write(partial)
-        for file in partial.rglob("*") if partial.is_dir() else [partial]:
-            with open(file, "rb") as opened:
-                os.fsync(opened.fileno())
-        os.replace(partial, path)
+        aside = path.with_name(path.name + ".partial")
+        try:
+            shutil.rmtree(aside) if aside.is_dir() else aside.unlink(missing_ok=True)
+            write(aside)
+            for file in aside.rglob("*") if aside.is_dir() else [aside]:
+                with open(file, "rb") as written:
+                    os.fsync(written.fileno())
+            os.replace(aside, path)
+        except Exception as error:  # a full disk is an OSError to us, a RuntimeError to torch, its own to safetensors
+            raise BadInput(
+                f"{path} cannot be written ({first_line(error)}); make room and run the same command"
+            ) from error
     run.barrier()
 
 
 def write_json(run: Run, path: Path, content) -> None:
-    write_aside(run, path, lambda partial: partial.write_text(json.dumps(content, indent=1, ensure_ascii=False)))
+    write_aside(run, path, lambda aside: aside.write_text(json.dumps(content, indent=1, ensure_ascii=False)))
 
 
 def save_model(run: Run, model, folder: Path) -> None:
-    """A Hugging Face checkpoint with its tokenizer; the stage's own checkpoint is not needed any more."""
-
-    def write(partial):
-        model.save_pretrained(partial)
-        run.tokenizer.save_pretrained(partial)
-
-    write_aside(run, folder, write)
+    """A Hugging Face checkpoint with its tokenizer; what the stage needed to go on is not needed any more."""
+    write_aside(run, folder, lambda aside: (model.save_pretrained(aside), run.tokenizer.save_pretrained(aside)))
     if run.rank == 0:
         (run.out / "checkpoint.pt").unlink(missing_ok=True)
 
 
 def save_checkpoint(run: Run, stage: str, model, optimizer, step: int) -> None:
-    """Everything that a stage under way needs to go on at `step`."""
     state = {"stage": stage, "step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    write_aside(run, run.out / "checkpoint.pt", lambda partial: torch.save(state, partial))
+    write_aside(run, run.out / "checkpoint.pt", lambda aside: torch.save(state, aside))
 
 
 def load_checkpoint(run: Run, stage: str, model, optimizer) -> int:
@@ -1365,84 +1377,89 @@ def load_checkpoint(run: Run, stage: str, model, optimizer) -> int:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Peak memory in GB since the start of the process: of the GPU, or of the process on a CPU."""
+    """Peak memory in GB since the process began: the GPU's, or on other devices that of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 class Log:
-    """A stage's progress bar and its lines in metrics.jsonl. Values stay on the device until they are read in `flush`."""
+    """A stage's bar and its lines in metrics.jsonl. Values stay on the device until `flush` reads them."""
 
     def __init__(self, run: Run, stage: str, batch_size: int, steps: int, first: int):
         self.run, self.stage, self.batch_size, self.path = run, stage, batch_size, run.out / "metrics.jsonl"
-        self.waiting, self.began, self.read, self.tokens = [], time.time(), time.time(), 0
-        self.bar = run.bar(None, stage)
-        self.bar.reset(steps)
-        self.bar.update(first)
-        if run.rank == 0 and self.path.exists():  # drop what came after the checkpoint: it is done again
-            lines = [line for line in self.path.read_text().splitlines(True) if line.endswith("\n")]
-            keep = [x for x in lines if (y := json.loads(x))["stage"] != stage or y["step"] <= first]
-            write_aside(run, self.path, lambda partial: partial.write_text("".join(keep)))
+        self.waiting, self.tokens, self.began = [], 0, time.time()
+        self.flushed = self.began
+        self.bar = run.bar(None, stage, total=steps, initial=first)
+        if (
+            self.path.exists()
+        ):  # what came after the checkpoint is done again, and a killed run may have cut its last line
+            lines = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            keep = lambda line: line["stage"] != stage or line["step"] <= first
+            write_aside(
+                run, self.path, lambda aside: aside.write_text("".join(x for x in lines if keep(json.loads(x))))
+            )
 
-    def add(self, step: int, sums: dict, grad_norm: Tensor, learning_rate: float, tokens: int) -> None:
-        self.waiting.append((step, sums, grad_norm, learning_rate, tokens))
+    def add(self, step: int, learning_rate: float, grad_norm: Tensor, sums: dict) -> None:
+        """One step: its learning rate, the norm of its gradient (the same on every rank), this rank's sums."""
+        self.waiting.append(
+            (step, learning_rate, {**sums, "grad_norm": grad_norm * (self.batch_size / self.run.world)})
+        )
 
     def flush(self, pairs: list) -> None:
-        """Read the waiting steps, write their lines, and stop the run if a loss is not finite."""
-        names = list(self.waiting[0][1])
-        rows = [torch.stack([*sums.values(), grad_norm / self.run.world * self.batch_size]) for _, sums, grad_norm, *_ in self.waiting]
-        tokens = torch.tensor([[float(line[-1])] for line in self.waiting], device=self.run.device)
-        values = self.run.total(torch.cat([torch.stack(rows) / self.batch_size, tokens], -1)).tolist()
-        speed = sum(row[-1] for row in values) / (time.time() - self.read)
+        """Read the waiting steps and write their lines. Raises BadInput at a loss that is not finite."""
+        values = torch.stack([torch.stack([*sums.values()]).float() for *_, sums in self.waiting])
+        means, now = (self.run.total(values) / self.batch_size).tolist(), time.time()
         lines = []
-        for (step, _, _, learning_rate, _), (*means, count) in zip(self.waiting, values):
-            line = dict(zip([*names, "grad_norm"], means))
-            if not all(map(math.isfinite, means)):
-                indices = batch_indices(step, len(pairs), self.batch_size, self.run.args.seed)
-                records = sorted(pairs[i].record for i in indices)
-                raise BadInput(
-                    f"{self.stage}: the loss is not finite at step {step + 1} (records {records}); lower the learning rate or "
-                    f"look at these records; the last good checkpoint is {self.run.out / 'checkpoint.pt'}"
+        for (step, learning_rate, sums), row in zip(self.waiting, means):
+            line = dict(zip(sums, row))
+            if not all(map(math.isfinite, row)):
+                records = sorted(
+                    pairs[i].record for i in batch_indices(step, len(pairs), self.batch_size, self.run.args.seed)
                 )
-            line = {"stage": self.stage, "step": step + 1, **line, "learning_rate": learning_rate, "tokens": int(count)}
-            lines.append(line | {"tokens_per_s": round(speed), "peak_memory_gb": round(peak_memory(self.run.device), 3)})
+                raise BadInput(
+                    f"{self.stage}: loss {line['loss']}, gradient norm {line['grad_norm']} at step {step + 1} (records "
+                    f"{records}); look at these or lower the learning rate; the last good checkpoint stays in {self.run.out}"
+                )
+            line["tokens"] = round(line["tokens"] * self.batch_size)
+            lines.append({"stage": self.stage, "step": step + 1, **line, "learning_rate": learning_rate})
+        tokens = sum(line["tokens"] for line in lines)
+        speed = {
+            "tokens_per_s": round(tokens / (now - self.flushed)),
+            "peak_memory_gb": round(peak_memory(self.run.device), 3),
+        }
         if self.run.rank == 0:
             with open(self.path, "a") as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
+                file.writelines(json.dumps(line | speed) + "\n" for line in lines)
         self.bar.update(len(lines))
-        self.bar.set_postfix_str(", ".join(f"{name} {lines[-1][name]:.3g}" for name in names))
-        self.tokens += sum(line["tokens"] for line in lines)
-        self.waiting, self.read = [], time.time()
+        watched = [name for name in self.waiting[-1][-1] if name not in ("tokens", "grad_norm")]
+        self.bar.set_postfix_str(", ".join(f"{name} {lines[-1][name]:.3g}" for name in watched))
+        self.waiting, self.flushed, self.tokens = [], now, self.tokens + tokens
 
     def close(self) -> None:
         self.bar.close()
-        speed, memory = self.tokens / (time.time() - self.began), peak_memory(self.run.device)
-        self.run.say(f"{self.stage}: {self.tokens:,} tokens, {speed:,.0f} tokens/s, peak memory {memory:.2f} GB")
+        seconds, memory = time.time() - self.began, peak_memory(self.run.device)
+        speed = f"{self.tokens / seconds:,.0f} tokens/s"
+        self.run.say(f"{self.stage}: {self.tokens:,} tokens in {seconds:.0f} s, {speed}, peak memory {memory:.2f} GB")
 
 
-@contextlib.contextmanager
-def stop_on_ctrl_c():
-    """Within, the first Ctrl-C only sets `.requested`, so that a step is never left half done; the second one stops."""
+class CtrlC:
+    """The first Ctrl-C sets `asked`, so that no step is left half done; a second one stops at once."""
 
-    class Stop:
-        requested = False
+    def __init__(self):
+        self.asked, self.before = False, signal.signal(signal.SIGINT, self.ask)
 
-    def handle(*_):
-        if Stop.requested:
-            raise KeyboardInterrupt
-        Stop.requested = True
+    def ask(self, *_):
+        self.asked = True
+        self.restore()
         tqdm.write("stopping after this step; Ctrl-C again to stop at once")
 
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield Stop
-    finally:
-        signal.signal(signal.SIGINT, before)
+    def restore(self):
+        signal.signal(signal.SIGINT, self.before)
 
 
 def main() -> int:
-    """The command line; the exit status is 2 for what cannot be used, 130 after Ctrl-C."""
+    """The command line. The exit status is 2 for what cannot be used, 130 after Ctrl-C."""
     try:
         align(parse_args())
         return 0
