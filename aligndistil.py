@@ -86,7 +86,7 @@ def implicit_reward(logps: Tensor, base_logps: Tensor, beta: float) -> Tensor:
 
 def total_variation(p_logits: Tensor, q_logits: Tensor) -> Tensor:
     """½ Σ_v |p(v) − q(v)| of the distributions that two logits (..., V) stand for: (...), in [0, 1]."""
-    return 0.5 * (p_logits.softmax(-1) - q_logits.softmax(-1)).abs().sum(-1)
+    return 0.5 * torch.linalg.vector_norm(p_logits.softmax(-1) - q_logits.softmax(-1), ord=1, dim=-1)
 
 
 def adaptive_alpha(dpo_logits: Tensor, base_logits: Tensor, r: float, eps: float = 1e-3) -> Tensor:
@@ -474,7 +474,7 @@ def train(
     warmup = math.ceil(args.warmup_ratio * steps)
     first = load_checkpoint(run, stage, policy.model, optimizer)
     log = Log(run, stage, batch_size, steps, first)
-    interrupt = CtrlC()
+    ctrl_c = finish_step_on_ctrl_c()
     for step in range(first, steps):
         torch.manual_seed(seed_of(args.seed, stage, step, run.rank))
         indices = batch_indices(step, len(pairs), batch_size, args.seed)
@@ -489,14 +489,14 @@ def train(
         optimizer.zero_grad()
 
         log.add(step, learning_rate * schedule, grad_norm, sums)
-        save = (step + 1) % args.save_steps == 0 or interrupt.asked
+        save = (step + 1) % args.save_steps == 0 or bool(ctrl_c)
         if save or step + 1 == steps or (step + 1) % args.logging_steps == 0:
             log.flush(pairs)  # stops at a loss that is not finite, so it comes before the checkpoint
         if save:
             save_checkpoint(run, stage, policy.model, optimizer, step + 1)
-        if interrupt.asked:
+        if ctrl_c:
             raise KeyboardInterrupt
-    interrupt.restore()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     log.close()
     save_model(run, policy.model, folder)
     return str(folder)
@@ -578,18 +578,13 @@ def setting(default, text: str):
 @dataclass
 class Args:
     # what to run
-    model: str = setting(
-        "demo", "hub id or local folder of a causal LM; 'demo' is the built-in world, model and preset"
-    )
+    model: str = setting("demo", "hub id or local folder of a causal LM; 'demo' is built in, with a preset")
     dataset: str = setting(
         "HuggingFaceH4/ultrafeedback_binarized",
-        "preference pairs: hub id, local folder, or a .jsonl, .json, .csv or .parquet file, in any of TRL's preference "
-        "formats; 'demo' is the built-in world",
+        "preference pairs in any of TRL's formats: hub id, local folder, .jsonl, .json, .csv or .parquet file, or 'demo'",
     )
     train_split: Optional[str] = setting(None, "split to train on (train_prefs, or else train)")
-    test_split: Optional[str] = setting(
-        None, "split to evaluate on (test_prefs, or else test, or else a tenth held out)"
-    )
+    test_split: Optional[str] = setting(None, "split to evaluate on (test_prefs, test, or a tenth held out)")
     limit: Optional[int] = setting(None, "train on this many pairs (all)")
     output_dir: Optional[str] = setting(None, "where models and results go (runs/<model>)")
     overwrite: bool = setting(False, "start anew where output_dir holds a run, instead of going on with it")
@@ -602,11 +597,9 @@ class Args:
     beta: float = setting(0.1, "β0 of DPO (Eq. 4)")
     reward: Literal["contrastive", "vanilla"] = setting(
         "contrastive",
-        "the teacher's reward: π_dpo against the reverse model (Eq. 15, 17) or against the reference (Eq. 11)",
+        "the teacher's reward: π_dpo against the reverse model (Eq. 15) or against the reference (Eq. 11)",
     )
-    alpha: str = setting(
-        "adaptive", "'adaptive' (Eq. 16) or a number: constant extrapolation, 0 for distillation from DPO"
-    )
+    alpha: str = setting("adaptive", "'adaptive' (Eq. 16) or a constant; 0 is plain distillation from DPO")
     r: Optional[float] = setting(None, "scale of the adaptive α_t = r·TVD_t + ε (30 on-policy, 20 off-policy)")
     eps: float = setting(1e-3, "ε, the least α_t")
     off_policy: bool = setting(False, "distil on the chosen responses (Eq. 19), not on the policy's own (Eq. 18)")
@@ -781,9 +774,8 @@ def encode_pairs(run: "Run", source: str, records, numbers: list, most: int) -> 
             talk = isinstance(prompt, list)
             counts["plain"] += talk and not tokenizer.chat_template
             instruction = "\n\n".join(message["content"] for message in prompt) if talk else prompt
-            fault = (
-                "empty" if not (chosen.strip() and rejected.strip()) else "identical" if chosen == rejected else None
-            )
+            empty = not (chosen.strip() and rejected.strip())
+            fault = "empty" if empty else "identical" if chosen == rejected else None
             counts[fault] += 1
             if not fault:
                 rows.append((render_prompt(prompt, chosen, tokenizer), chosen, rejected, number, instruction))
@@ -873,9 +865,8 @@ def load_pairs(run: "Run") -> tuple:
     train_pairs = encode_pairs(run, args.dataset, splits[train_split], numbers, args.limit or len(numbers))
     test_pairs = encode_pairs(run, args.dataset, splits[test_split or train_split], held_out, args.eval_pairs)
     if not train_pairs or not test_pairs:
-        raise BadInput(
-            f"--dataset {args.dataset}: no usable pair to {'evaluate' if train_pairs else 'train'} on; add pairs"
-        )
+        use = "evaluate" if train_pairs else "train"
+        raise BadInput(f"--dataset {args.dataset}: no usable pair to {use} on; add pairs")
     return train_pairs, test_pairs
 
 
@@ -960,31 +951,16 @@ def demo_tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *DEMO_WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        clean_up_tokenization_spaces=False,
-    )
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special)
 
 
 def demo_model(seed: int):
     """A two-layer GPT-2 with random weights, about 0.1M parameters."""
     torch.manual_seed(seed)
-    vocabulary = len(demo_tokenizer())
-    return transformers.GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=vocabulary,
-            n_positions=64,
-            n_embd=64,
-            n_layer=2,
-            n_head=4,
-            bos_token_id=1,
-            eos_token_id=1,
-            tie_word_embeddings=False,
-        )
-    )
+    special = {"bos_token_id": 1, "eos_token_id": 1, "tie_word_embeddings": False}
+    shape = {"vocab_size": len(demo_tokenizer()), "n_positions": 64, "n_embd": 64, "n_layer": 2, "n_head": 4}
+    return transformers.GPT2LMHeadModel(GPT2Config(**shape, **special))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1036,25 +1012,19 @@ def evaluate(run: "Run", folders: dict, test_pairs: list) -> dict:
     names = ("reference", "dpo", "reverse_dpo")
     reference, dpo, reverse = (pair_logps(run, lms[name], test_pairs, f"held-out pairs, {name}") for name in names)
     accuracy = {"n": len(test_pairs)}
-    for name, (logps, base) in {
-        "dpo": (dpo, reference),
-        "reverse": (reference, reverse),
-        "contrastive": (dpo, reverse),
-    }.items():
+    rewards = {"dpo": (dpo, reference), "reverse": (reference, reverse), "contrastive": (dpo, reverse)}
+    for name, (logps, base) in rewards.items():
         chosen, rejected = implicit_reward(logps, base, run.args.beta).unbind(-1)
         accuracy[name] = accuracy_interval(chosen - rejected)
 
     samples = {name: sample_and_score(run, name, lms, test_pairs[: run.args.eval_prompts]) for name in lms}
-    columns = [
-        column for column in ("reward", "kl", "length", "entropy", "true_reward") if column in samples["policy"][0]
-    ]
     mean = lambda values: sum(values) / len(values)
-    scores = {
-        name: {column: mean([row[column] for row in rows]) for column in columns} for name, rows in samples.items()
-    }
-    if "true_reward" in columns:
-        beats = lambda a, b: (a["true_reward"] > b["true_reward"]) + 0.5 * (a["true_reward"] == b["true_reward"])
-        for name, rows in samples.items():
+    beats = lambda a, b: (a["true_reward"] > b["true_reward"]) + 0.5 * (a["true_reward"] == b["true_reward"])
+    scores = {}
+    for name, rows in samples.items():
+        columns = [column for column in ("reward", "kl", "length", "entropy", "true_reward") if column in rows[0]]
+        scores[name] = {column: mean([row[column] for row in rows]) for column in columns}
+        if "true_reward" in columns:
             scores[name]["win_rate"] = mean([beats(row, other) for row, other in zip(rows, samples["reference"])])
     write_json(run, run.out / "samples.json", [row for rows in samples.values() for row in rows])
     write_json(run, path, {"models": scores, "reward_accuracy": accuracy})
@@ -1070,9 +1040,8 @@ def sample_and_score(run: "Run", name: str, lms: dict, pairs: list) -> list:
     lm, rows = lms[name], []
     torch.manual_seed(seed_of(run.args.seed, "evaluation", run.rank))  # the same random numbers for every model
     mine = pairs[run.rank :: run.world]
-    responses = [
-        Response(pair.chosen.prompt, y) for pair, y in zip(mine, sample(lm, [p.chosen.prompt for p in mine], run))
-    ]
+    sampled = sample(lm, [pair.chosen.prompt for pair in mine], run)
+    responses = [Response(pair.chosen.prompt, tokens) for pair, tokens in zip(mine, sampled)]
     scored = [None] * len(mine)
     groups = micro_batches([[response] for response in responses], run.args.tokens_per_micro_batch)
     for group in run.bar(groups, f"scoring {name}", leave=False):
@@ -1122,8 +1091,9 @@ def report(run: "Run", results: dict) -> None:
     print("\n" + " " * 12 + "".join(f"{column:>13}" for column in columns))
     for name, row in results["models"].items():
         print(f"{name:12}" + "".join(f"{row[column]:13.3f}" for column in columns))
-    print(f"\nheld-out reward accuracy on {results['reward_accuracy'].pop('n')} pairs, with a 95 % interval")
-    for name, row in results["reward_accuracy"].items():
+    print(f"\nheld-out reward accuracy on {results['reward_accuracy']['n']} pairs, with a 95 % interval")
+    for name in ("dpo", "reverse", "contrastive"):
+        row = results["reward_accuracy"][name]
         print(f"{name:12}{row['accuracy']:8.1%}   [{row['low']:.1%}, {row['high']:.1%}]")
     samples = json.loads((run.out / "samples.json").read_text())
     prompts = len(samples) // len(results["models"])
@@ -1443,19 +1413,17 @@ class Log:
         self.run.say(f"{self.stage}: {self.tokens:,} tokens in {seconds:.0f} s, {speed}, peak memory {memory:.2f} GB")
 
 
-class CtrlC:
-    """The first Ctrl-C sets `asked`, so that no step is left half done; a second one stops at once."""
+def finish_step_on_ctrl_c() -> list:
+    """A list that the first Ctrl-C fills, so that no step is left half done; a second one stops at once."""
+    asked = []
 
-    def __init__(self):
-        self.asked, self.before = False, signal.signal(signal.SIGINT, self.ask)
-
-    def ask(self, *_):
-        self.asked = True
-        self.restore()
+    def handle(*_):
+        asked.append(True)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         tqdm.write("stopping after this step; Ctrl-C again to stop at once")
 
-    def restore(self):
-        signal.signal(signal.SIGINT, self.before)
+    signal.signal(signal.SIGINT, handle)
+    return asked
 
 
 def main() -> int:
