@@ -52,6 +52,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
+from jinja2 import TemplateError
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -479,7 +480,11 @@ def train(
         torch.manual_seed(seed_of(args.seed, stage, step, run.rank))
         indices = batch_indices(step, len(pairs), batch_size, args.seed)
         indices = sorted(indices, key=lambda i: len(pairs[i].chosen))[run.rank :: run.world]
-        examples = examples_of(policy, [pairs[i] for i in indices])
+        try:
+            examples = examples_of(policy, [pairs[i] for i in indices])
+        except RuntimeError as error:  # what torch.multinomial says of probabilities that are not finite
+            log.stop(step, pairs, first_line(error)) if "probability tensor" in str(error) else None
+            raise
         sums = accumulate_gradient(parallel, examples, loss_of, batch_size, run)
 
         schedule = min((step + 1) / warmup if warmup else 1, (steps - step) / max(1, steps - warmup))
@@ -491,10 +496,11 @@ def train(
         log.add(step, learning_rate * schedule, grad_norm, sums)
         save = (step + 1) % args.save_steps == 0 or bool(ctrl_c)
         if save or step + 1 == steps or (step + 1) % args.logging_steps == 0:
-            log.flush(pairs)  # stops at a loss that is not finite, so it comes before the checkpoint
+            log.flush(pairs, policy)  # stops at what is not finite, so it comes before the checkpoint
         if save:
             save_checkpoint(run, stage, policy.model, optimizer, step + 1)
         if ctrl_c:
+            log.bar.close()
             raise KeyboardInterrupt
     signal.signal(signal.SIGINT, signal.default_int_handler)
     log.close()
@@ -672,7 +678,7 @@ def check_settings(args: Args) -> None:
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             raise BadInput(f"--{name} is {value}: it must be between {low} and {high:g}")
-    if args.alpha != "adaptive" and not re.fullmatch(r"\d+(\.\d*)?(e[+-]?\d+)?", args.alpha):
+    if args.alpha != "adaptive" and not re.fullmatch(r"\d{1,6}(\.\d*)?", args.alpha):
         raise BadInput(f"--alpha is {args.alpha!r}: it must be 'adaptive' or a number of at least 0")
     if args.alpha != "adaptive" and float(args.alpha) == 0 and args.reward == "vanilla":
         raise BadInput("--alpha 0 --reward vanilla would distil the reference into itself: use --reward contrastive")
@@ -769,7 +775,8 @@ def encode_pairs(run: "Run", source: str, records, numbers: list, most: int) -> 
         for number, record in zip(numbers[first : first + 500], records.select(numbers[first : first + 500])):
             try:
                 prompt, chosen, rejected = split_record(record)
-            except ValueError as error:
+                text = render_prompt(prompt, chosen, tokenizer)
+            except (ValueError, TemplateError) as error:
                 raise BadInput(f"{where(source, number)}: {error}; mend or remove the record") from None
             talk = isinstance(prompt, list)
             counts["plain"] += talk and not tokenizer.chat_template
@@ -778,7 +785,7 @@ def encode_pairs(run: "Run", source: str, records, numbers: list, most: int) -> 
             fault = "empty" if empty else "identical" if chosen == rejected else None
             counts[fault] += 1
             if not fault:
-                rows.append((render_prompt(prompt, chosen, tokenizer), chosen, rejected, number, instruction))
+                rows.append((text, chosen, rejected, number, instruction))
         if not rows:
             continue
         # prompt and responses are tokenized apart, so that no merge crosses the boundary
@@ -808,7 +815,7 @@ def encode_pairs(run: "Run", source: str, records, numbers: list, most: int) -> 
 
 def where(source: str, number: int) -> str:
     """ "FILE, line 7" for a JSON Lines file, "SOURCE, record 6 (from 0)" for anything else."""
-    if source.endswith(".jsonl") and os.path.isfile(source):
+    if source.lower().endswith(".jsonl") and os.path.isfile(source):
         with open(source, "rb") as file:
             lines = [i for i, line in enumerate(file, 1) if line.strip()]
         return f"{source}, line {lines[number]}"
@@ -825,21 +832,28 @@ def read_dataset(name: str, seed: int) -> datasets.DatasetDict:
         raise BadInput(f"--dataset {name}: no such file; check the path")
     if not kind and not Path(name).is_dir():
         check_hub(name, "dataset")
+    as_text = {"converters": dict.fromkeys(("prompt", "chosen", "rejected"), str)}  # or pandas takes "NA" for missing
+    options = as_text if kind == "csv" else {}
     try:
-        return datasets.load_dataset(kind, data_files=name) if kind else datasets.load_dataset(name)
-    except Exception as error:  # whatever the library raises becomes one line, with the place where it can be found
         if kind == "json":
-            find_bad_json(name)
+            check_json(name)
+        return datasets.load_dataset(kind, data_files=name, **options) if kind else datasets.load_dataset(name)
+    except BadInput:
+        raise
+    except Exception as error:  # whatever the library raises becomes one line
         raise BadInput(f"--dataset {name} cannot be read: {first_line(error)}; {hub_hint()}") from error
 
 
-def find_bad_json(path: str) -> None:
-    """Raise BadInput with the first line of a .json or .jsonl file that is not UTF-8 or not JSON, if there is one."""
-    content = Path(path).read_bytes()
-    for number, line in enumerate(content.splitlines() if path.endswith(".jsonl") else [content], 1):
+def check_json(path: str) -> None:
+    """Raise BadInput with the first line of a .json or .jsonl file that is not UTF-8 or not JSON."""
+    content, by_line = Path(path).read_bytes(), path.lower().endswith(".jsonl")
+    if not content.strip():
+        raise BadInput(f"{path}: the file is empty; add pairs")
+    for number, line in enumerate(content.split(b"\n") if by_line else [content], 1):
         try:
-            if line.strip():
-                json.loads(line.decode("utf-8-sig"))
+            if line.strip() and by_line and not isinstance(json.loads(line.decode("utf-8-sig")), dict):
+                raise BadInput(f"{path}, line {number}: not a JSON object; mend the line")
+            by_line or json.loads(line.decode("utf-8-sig"))
         except UnicodeDecodeError as error:
             number += line[: error.start].count(b"\n")
             raise BadInput(f"{path}, line {number}: not UTF-8; convert the file") from None
@@ -1177,9 +1191,9 @@ def check_hub(name: str, kind: str) -> None:
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         return
     try:
-        getattr(huggingface_hub.HfApi(), f"{kind}_info")(name, timeout=8)
+        getattr(huggingface_hub.HfApi(), f"{kind}_info")(name, timeout=5)
     except (huggingface_hub.errors.RepositoryNotFoundError, huggingface_hub.errors.HFValidationError):
-        raise BadInput(f"--{kind} {name}: neither a local folder nor on the hub; check the spelling") from None
+        raise BadInput(f"{kind} {name}: neither a local folder nor on the hub; check the spelling") from None
     except Exception as error:
         huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
         tqdm.write(f"the hub does not answer ({first_line(error)}): from here on, only what is in the local cache")
@@ -1208,6 +1222,8 @@ def load_lm(name: str, run: Run, gradient_checkpointing=False, device=None, dtyp
     with torch.no_grad():
         ours = lm.logits(lm.hidden(batch := collate([[example]], 0)))
         own = lm.model(input_ids=batch.input_ids, use_cache=False).logits[0, :-1].float()
+    if not own.isfinite().all():
+        raise BadInput(f"model {name}: its logits are not finite; its weights are broken")
     if not torch.allclose(ours, own, rtol=1e-4, atol=1e-4 * own.abs().max().item()):
         raise BadInput(f"model {name}: its logits are not head(body(tokens)), so it is not supported; choose another")
     return LM(model.to(device or run.device, dtype), run.args.chunk_size, run.device, gradient_checkpointing)
@@ -1225,9 +1241,8 @@ def set_up(args: Args) -> tuple:
     run = Run(args)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors are told by read_dataset
     if run.world > 1:
-        if args.batch_size < run.world:
-            raise BadInput(f"--batch_size {args.batch_size} is less than the {run.world} processes; raise it")
         if run.device.type == "cuda":
             torch.cuda.set_device(run.device)
         dist.init_process_group("nccl" if run.device.type == "cuda" else "gloo")
@@ -1266,6 +1281,10 @@ def set_up(args: Args) -> tuple:
     if length - args.max_prompt_length < 2:
         raise BadInput(f"--max_length {length} leaves no room for a response after --max_prompt_length; lower that")
     train_pairs, test_pairs = load_pairs(run)
+    if min(args.batch_size, len(train_pairs)) < run.world:
+        raise BadInput(
+            f"{run.world} processes, but --batch_size {args.batch_size} of {len(train_pairs)} pairs; use fewer"
+        )
     open_output(run, train_pairs + test_pairs)
     return run, train_pairs, test_pairs
 
@@ -1277,26 +1296,29 @@ def open_output(run: Run, pairs: list) -> None:
         crc = zlib.crc32(ids, zlib.crc32(b"|", crc))
     settings, config = asdict(run.args) | {"data": crc}, run.out / "config.json"
     try:
-        if config.exists() and not run.args.overwrite:
-            saved = json.loads(config.read_text())
-            differ = [
-                f"{k} {saved.get(k)} → {v}" for k, v in settings.items() if saved.get(k) != v and k not in FREE_SETTINGS
-            ]
+        saved = json.loads(config.read_text()) if config.exists() else {}
+        ours = [run.out / name for name in OUTPUTS if (run.out / name).exists()]
+        needed = [Path(name).resolve() for name in (run.args.model, run.args.dpo, run.args.reverse_dpo) if name]
+        doomed = [path for path in needed if path in [path.resolve() for path in ours]]
+        if ours and not {"model", "data"} <= saved.keys():
+            raise BadInput(f"{run.out} holds {ours[0].name}, but no run of this script; choose another --output_dir")
+        if saved and not run.args.overwrite:
+            differ = [k for k in settings if saved.get(k) != settings[k] and k not in FREE_SETTINGS]
             if differ:
+                changes = ", ".join(f"{k} {saved.get(k)} → {settings[k]}" for k in differ)
                 raise BadInput(
-                    f"{run.out} is of a run with other settings ({', '.join(differ)}); use --overwrite or another folder"
+                    f"{run.out} is of a run with other settings ({changes}); use --overwrite or another folder"
                 )
             return
+        if doomed:
+            raise BadInput(f"--overwrite would delete {doomed[0]}, which this run needs; choose another --output_dir")
         run.barrier()
         if run.rank == 0:
             run.out.mkdir(parents=True, exist_ok=True)
-            for name in OUTPUTS:
-                path = run.out / name
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    except OSError as error:
-        raise BadInput(
-            f"output folder {run.out} cannot be used ({error.strerror}); choose another --output_dir"
-        ) from None
+            for path in ours:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    except (OSError, json.JSONDecodeError) as error:
+        raise BadInput(f"output folder {run.out} cannot be used ({error}); choose another --output_dir") from None
     write_json(run, config, settings)
 
 
@@ -1376,23 +1398,29 @@ class Log:
             (step, learning_rate, {**sums, "grad_norm": grad_norm * (self.batch_size / self.run.world)})
         )
 
-    def flush(self, pairs: list) -> None:
-        """Read the waiting steps and write their lines. Raises BadInput at a loss that is not finite."""
+    def stop(self, step: int, pairs: list, what: str) -> None:
+        """End the run at a step that is not finite, naming the records of its batch."""
+        self.bar.close()
+        indices = batch_indices(step, len(pairs), self.batch_size, self.run.args.seed)
+        path = self.run.out / "checkpoint.pt"
+        raise BadInput(
+            f"{self.stage}: {what} at step {step + 1} (records {sorted(pairs[i].record for i in indices)}); look at these or "
+            f"lower the learning rate; last good checkpoint: {path if path.exists() else 'none yet'}"
+        )
+
+    def flush(self, pairs: list, policy: LM) -> None:
+        """Read the waiting steps and write their lines. Raises BadInput if a loss or a weight is not finite."""
         values = torch.stack([torch.stack([*sums.values()]).float() for *_, sums in self.waiting])
         means, now = (self.run.total(values) / self.batch_size).tolist(), time.time()
         lines = []
         for (step, learning_rate, sums), row in zip(self.waiting, means):
             line = dict(zip(sums, row))
             if not all(map(math.isfinite, row)):
-                records = sorted(
-                    pairs[i].record for i in batch_indices(step, len(pairs), self.batch_size, self.run.args.seed)
-                )
-                raise BadInput(
-                    f"{self.stage}: loss {line['loss']}, gradient norm {line['grad_norm']} at step {step + 1} (records "
-                    f"{records}); look at these or lower the learning rate; the last good checkpoint stays in {self.run.out}"
-                )
+                self.stop(step, pairs, f"loss {line['loss']}, gradient norm {line['grad_norm']}")
             line["tokens"] = round(line["tokens"] * self.batch_size)
             lines.append({"stage": self.stage, "step": step + 1, **line, "learning_rate": learning_rate})
+        if not torch.stack([parameter.isfinite().all() for parameter in policy.parameters()]).all():
+            self.stop(self.waiting[-1][0], pairs, "weights are not finite after the update")
         tokens = sum(line["tokens"] for line in lines)
         speed = {
             "tokens_per_s": round(tokens / (now - self.flushed)),
@@ -1436,7 +1464,10 @@ def main() -> int:
             print(f"aligndistil.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("aligndistil.py: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(
+            "aligndistil.py: stopped; the same command (without --overwrite) goes on from the last checkpoint",
+            file=sys.stderr,
+        )
         return 130
     finally:
         if dist.is_initialized():

@@ -12,16 +12,35 @@ import ctypes
 import itertools
 import json
 import math
+import os
+import random
 import re
+import shutil
+import signal
+import socket
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
+HOME = tempfile.TemporaryDirectory()  # the hub's cache: empty, and gone afterwards
+if __name__ != "__main__":  # one thread a process, as several run at once; and no hub is there
+    os.environ |= {"HF_HOME": HOME.name, "HF_ENDPOINT": "http://127.0.0.1:9", "OMP_NUM_THREADS": "1"}
+
+import pandas as pd
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.parallel import DistributedDataParallel
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import aligndistil as ad
 
@@ -254,7 +273,9 @@ def test_chunks_equal_the_dense_loss_and_gradients(head):
     batch = ad.collate([[response] for response in random_responses(SIZES)], pad_id=0)
     mask, everything = response_mask(batch), [dense_logits(lm, batch) for lm in (policy, dpo, rev)]
     shown = dense_logits(policy, batch)[mask]
-    assert torch.allclose(policy.logits(policy.hidden(batch)), shown, rtol=1e-5, atol=1e-5), "our head is the model's own"
+    assert torch.allclose(policy.logits(policy.hidden(batch)), shown, rtol=1e-5, atol=1e-5), (
+        "our head is the model's own"
+    )
 
     alpha_of = partial(ad.adaptive_alpha, r=6.0)
     alpha = alpha_of(everything[1], everything[2])
@@ -311,7 +332,9 @@ def test_no_logits_of_a_whole_batch(monkeypatch):
     """The output head never sees more than one chunk of states, nor a prompt or pad position."""
     policy, dpo, base = (tiny_lm(seed) for seed in range(3))
     batch, seen = ad.collate([[response] for response in random_responses(SIZES)], pad_id=0), []
-    monkeypatch.setattr(ad.LM, "logits", lambda lm, hidden, own=ad.LM.logits: (seen.append(len(hidden)), own(lm, hidden))[1])
+    monkeypatch.setattr(
+        ad.LM, "logits", lambda lm, hidden, own=ad.LM.logits: (seen.append(len(hidden)), own(lm, hidden))[1]
+    )
     ad.distillation_batch_loss(policy, batch, dpo, base, "contrastive", partial(ad.adaptive_alpha, r=6.0), 0.1)
     assert max(seen) == 5 and sum(seen) == 3 * sum(y for _, y in SIZES)
 
@@ -334,7 +357,9 @@ def test_micro_batches_leave_loss_and_gradient_unchanged():
         results = []
         for tokens in (10**6, 16, 1):
             policy.zero_grad()
-            sums = ad.accumulate_gradient(policy, examples, loss_of, len(examples), tiny_run(tokens_per_micro_batch=tokens))
+            sums = ad.accumulate_gradient(
+                policy, examples, loss_of, len(examples), tiny_run(tokens_per_micro_batch=tokens)
+            )
             results.append((sums["loss"].item(), {n: p.grad.clone() for n, p in policy.named_parameters()}))
         for loss, grads in results[1:]:
             assert loss == pytest.approx(results[0][0], rel=1e-5), name
@@ -542,7 +567,9 @@ def test_scores_of_samples_by_hand():
     for row, y, pair in zip(rows, outputs, pairs):
         ids = torch.tensor([[*pair.chosen.prompt, *y]])
         with torch.no_grad():
-            z = {n: lm.model(input_ids=ids).logits[0, len(pair.chosen.prompt) - 1 : -1].double() for n, lm in lms.items()}
+            z = {
+                n: lm.model(input_ids=ids).logits[0, len(pair.chosen.prompt) - 1 : -1].double() for n, lm in lms.items()
+            }
         logp = {name: logits.log_softmax(-1) for name, logits in z.items()}
         reward = 0.3 * (logp["dpo"] - logp["reverse_dpo"])[range(len(y)), y]
         kl = (logp["policy"].exp() * (logp["policy"] - logp["reference"])).sum()
@@ -558,6 +585,580 @@ def test_terminal_colours_escape_control_characters():
     assert ad.shade(["a\x1b[2J", "\n"], [1.0, -1.0], colour=False) == "a\\x1b[2J\\n"
     coloured = ad.shade(["good", "bad"], [1.0, -0.1], colour=True)
     assert "\x1b[30;48;5;46mgood\x1b[0m" in coloured and "\x1b[30;48;5;224mbad\x1b[0m" in coloured
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 8, 11  The command line from outside: data formats, bad input, kills and going on, several processes
+# ----------------------------------------------------------------------------------------------------------------------
+
+FORK = torch.multiprocessing.get_context("forkserver")  # real processes, which need not import torch each
+FORK.set_forkserver_preload(["aligndistil"])
+SMALL = {"device": "cpu", "max_steps": 3, "limit": 64, "eval_pairs": 20, "eval_prompts": 8, "batch_size": 16}
+STAGES = ("sft", "dpo", "reverse_dpo", "policy")
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}<turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+ENGLISH = "The sky is blue because the air scatters light. What is the colour of the sea? Green, and deep, at times."
+LATIN = "Gallia est omnis divisa in partes tres, quarum unam incolunt Belgae, aliam Aquitani, tertiam Celtae vocantur."
+
+
+def flags(**settings) -> list:
+    """Settings as a command line."""
+    return [text for name, value in settings.items() for text in (f"--{name}", str(value)) if text != "True"]
+
+
+def command(*arguments, **settings) -> list:
+    return [sys.executable, ad.__file__, *arguments, *flags(**settings)]
+
+
+def save_tiny_model(folder: Path, text=ENGLISH, vocabulary=320, template=None) -> Path:
+    """A random two-layer GPT-2 with a byte-level BPE tokenizer trained on `text`."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet, special = pre_tokenizers.ByteLevel.alphabet(), ["<eos>", "<turn>", "<user>", "<assistant>"]
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=special, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator([text], trainer)
+    assert tokenizer.get_vocab_size() == vocabulary
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+    tokenizer.add_special_tokens({"additional_special_tokens": special[1:]})
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"vocab_size": vocabulary, "n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 128}
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).save_pretrained(folder)
+    return folder
+
+
+def write(path: Path, records: list) -> Path:
+    """Records as a file of the kind that its name says."""
+    lines = "\n".join(json.dumps(record, ensure_ascii=False) for record in records)
+    {
+        ".jsonl": lambda: path.write_text(lines),
+        ".json": lambda: path.write_text(json.dumps(records)),
+        ".csv": lambda: pd.DataFrame(records).to_csv(path, index=False),
+        ".parquet": lambda: pd.DataFrame(records).to_parquet(path),
+    }[path.suffix]()
+    return path
+
+
+def numbered(n: int) -> list:
+    """n records that differ from each other."""
+    return [{"prompt": f"What is {i}?", "chosen": f"It is {i}.", "rejected": f"Not {i}."} for i in range(n)]
+
+
+def user(text: str) -> dict:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict:
+    return {"role": "assistant", "content": text}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A model without a chat template."""
+    return save_tiny_model(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory):
+    """A model with a chat template, in which <turn> ends a turn and <eos> a text."""
+    return save_tiny_model(tmp_path_factory.mktemp("chat"), template=TEMPLATE)
+
+
+@pytest.fixture
+def load(base, tmp_path):
+    """load(dataset, ...) → (run, training pairs, held-out pairs); a list of records is written to a file first."""
+
+    def load(dataset, model=base, **settings):
+        if isinstance(dataset, list):
+            dataset = write(tmp_path / "data.jsonl", dataset)
+        out = tempfile.mkdtemp(dir=tmp_path)
+        return ad.set_up(ad.Args(model=str(model), dataset=str(dataset), output_dir=out, device="cpu", **settings))
+
+    return load
+
+
+def in_order(train_pairs: list, test_pairs: list) -> list:
+    return sorted(train_pairs + test_pairs, key=lambda pair: pair.record)
+
+
+def ids(pairs: list) -> list:
+    return [(*pair.chosen.prompt, -1, *pair.chosen.tokens, -1, *pair.rejected.tokens) for pair in pairs]
+
+
+def texts(run, pair) -> tuple:
+    """The prompt, the chosen and the rejected response of a pair, decoded."""
+    return tuple(map(run.tokenizer.decode, (pair.chosen.prompt, pair.chosen.tokens, pair.rejected.tokens)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data formats
+# ----------------------------------------------------------------------------------------------------------------------
+
+TALK = [user("Hi"), assistant("Hello"), user("Sky?")]
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({"prompt": "Sky?", "chosen": "Blue", "rejected": "Red"}, ("Sky?", "Blue", "Red")),
+        ({"prompt": "", "chosen": "the sky", "rejected": "the sea"}, ("", "the sky", "the sea")),
+        ({"chosen": "The sky is blue", "rejected": "The sky is black"}, ("The sky is", " blue", " black")),
+        ({"chosen": "The sky is blue", "rejected": "The sky is"}, ("The sky is", " blue", "")),
+        ({"chosen": "The sky is blue", "rejected": "The sky is bl"}, ("The sky is", " blue", " bl")),
+        ({"chosen": "Blue", "rejected": "Black"}, ("", "Blue", "Black")),
+        ({"prompt": TALK, "chosen": [assistant("Blue")], "rejected": [assistant("Red")]}, (TALK, "Blue", "Red")),
+        (
+            {"prompt": TALK, "chosen": [*TALK, assistant("Blue")], "rejected": [*TALK, assistant("Red")]},
+            (TALK, "Blue", "Red"),
+        ),
+        ({"chosen": [*TALK, assistant("Blue")], "rejected": [*TALK, assistant("Red")]}, (TALK, "Blue", "Red")),
+        (
+            {"prompt": "S", "chosen": [user("S"), assistant("Blue")], "rejected": [user("S"), assistant("Red")]},
+            ([user("S")], "Blue", "Red"),
+        ),
+        (
+            {"prompt": "Sky?", "chosen": [assistant("Blue")], "rejected": [assistant("Red")]},
+            ([user("Sky?")], "Blue", "Red"),
+        ),
+    ],
+)
+def test_record_of_every_format(record, expected):
+    """Notices a format that is taken apart wrongly: implicit prompts, repeated ones, conversations, UltraFeedback's."""
+    assert ad.split_record(record) == expected
+
+
+@pytest.mark.parametrize(
+    ("record", "complaint"),
+    [
+        ({"prompt": "Sky?", "chosen": "Blue"}, "'rejected' is missing"),
+        ({"prompt": "Sky?", "rejected": "Blue"}, "'chosen' is missing"),
+        ({"prompt": "Sky?", "chosen": 3, "rejected": "Red"}, "'chosen' is int"),
+        ({"prompt": {"text": "Sky?"}, "chosen": "Blue", "rejected": "Red"}, "'prompt' is dict"),
+        ({"prompt": "Sky?", "chosen": [assistant("Blue")], "rejected": "Red"}, "the other a conversation"),
+        ({"prompt": "Sky?", "chosen": ["Blue"], "rejected": ["Red"]}, "'chosen' holds a message"),
+        ({"chosen": [{"role": "user"}], "rejected": [user("Sky?")]}, "'chosen' holds a message"),
+        ({"prompt": [{"content": "Sky?"}], "chosen": [user("a")], "rejected": [user("b")]}, "'prompt' holds a message"),
+        ({"chosen": [], "rejected": []}, "without messages"),
+        ({"chosen": [user("a"), assistant("c")], "rejected": [user("b"), assistant("c")]}, "before their last message"),
+    ],
+)
+def test_malformed_record(record, complaint):
+    """Notices a record of no format that is taken for one, or a complaint about another field."""
+    with pytest.raises(ValueError, match=complaint):
+        ad.split_record(record)
+
+
+ODD = [
+    {"prompt": "Say it, with\r\ntwo lines.", "chosen": "One 😀👩‍🚀.\r\nTwo.", "rejected": "שלום, עולם"},
+    {"prompt": "ما لون السماء؟", "chosen": "أزرق", "rejected": "naïve “quotes”, commas\tand tabs"},
+    {"prompt": "What is the sky?", "chosen": " blue", "rejected": "Red\n"},
+]
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".json", ".csv", ".parquet"])
+def test_same_tokens_from_every_file(load, tmp_path, ending):
+    """Notices a file format that loses or changes a letter: emoji, right-to-left text, line ends, outer spaces."""
+    run, *pairs = load(write(tmp_path / f"odd{ending}", ODD))
+    for record, pair in zip(ODD, in_order(*pairs), strict=True):
+        prompt, chosen, rejected = texts(run, pair)
+        assert prompt.removesuffix("\n") == record["prompt"] and pair.instruction == record["prompt"]
+        assert (chosen, rejected) == (record["chosen"] + "<eos>", record["rejected"] + "<eos>")
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".csv"])
+def test_empty_prompt(load, tmp_path, ending):
+    """Notices an empty prompt that is taken for none, or that leaves no state to predict the first token from."""
+    records = [{"prompt": "", "chosen": "the sky", "rejected": "the sea"}, *numbered(2)]
+    run, *pairs = load(write(tmp_path / f"empty{ending}", records))
+    assert texts(run, in_order(*pairs)[0]) == ("<eos>", "the sky<eos>", "the sea<eos>")
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".csv"])
+def test_words_that_look_like_nothing(load, tmp_path, ending):
+    """Notices a reader that takes the words "NA" or "null" for a missing value, or a number's digits for a number."""
+    records = [
+        {"prompt": "Is it?", "chosen": "NA", "rejected": "null"},
+        {"prompt": "How many?", "chosen": "None", "rejected": "1.50"},
+    ]
+    run, *pairs = load(write(tmp_path / f"nothing{ending}", records))
+    found = [(pair.instruction, *texts(run, pair)[1:]) for pair in in_order(*pairs)]
+    assert found == [(r["prompt"], r["chosen"] + "<eos>", r["rejected"] + "<eos>") for r in records]
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".json", ".csv"])
+def test_windows_file(load, tmp_path, ending):
+    """Notices a byte-order mark or a Windows line end of the file that gets into the text, or stops the loading."""
+    path = write(tmp_path / f"windows{ending}", numbered(3))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    run, *pairs = load(path)
+    assert [texts(run, pair)[1] for pair in in_order(*pairs)] == ["It is 0.<eos>", "It is 1.<eos>", "It is 2.<eos>"]
+
+
+def test_length_limits(load, capsys):
+    """Notices an end token after a cut response, or none after a whole one, and a prompt cut from the wrong side."""
+    long = {"prompt": "Z" * 50 + "WXY", "chosen": "Z" * 50, "rejected": "XYZ"}  # each letter is a token
+    run, *pairs = load([long, *numbered(2)], max_length=16, max_prompt_length=8)
+    assert texts(run, in_order(*pairs)[0]) == ("ZZZZWXY\n", "ZZZZZZZZ", "XYZ<eos>")
+    assert all(len(r) <= 16 and len(r.prompt) <= 8 for pair in in_order(*pairs) for r in (pair.chosen, pair.rejected))
+    assert re.search(r"cut [1-9]\d* prompts and [1-9]\d* responses", capsys.readouterr().out)
+
+
+def test_useless_pairs_are_left_out_aloud(load, capsys):
+    """Notices empty or identical responses that are trained on, or left out in silence."""
+    empty, same = {"prompt": "a", "chosen": " ", "rejected": "b"}, {"prompt": "a", "chosen": "b", "rejected": "b"}
+    same_when_cut = {"prompt": "a", "chosen": "b" * 99 + "c", "rejected": "b" * 99 + "d"}
+    _, *pairs = load([empty, *numbered(20), same, same_when_cut], max_length=64)
+    assert {pair.record for pair in in_order(*pairs)} == set(range(1, 21))
+    counts = re.findall(r"left out (\d+) with an empty and (\d+) with identical", capsys.readouterr().out)
+    assert [sum(map(int, column)) for column in zip(*counts)] == [1, 2]
+
+
+def test_chat_template(load, chat):
+    """Notices a chat template that is not used, or responses that do not end as its turns do."""
+    talk = {"chosen": [*TALK, assistant("Blue")], "rejected": [*TALK, assistant("Red")]}
+    run, *pairs = load([talk, {"prompt": TALK, "chosen": [assistant("a")], "rejected": [assistant("b")]}], model=chat)
+    first, second = in_order(*pairs)
+    expected = "<user>Hi<turn>\n<assistant>Hello<turn>\n<user>Sky?<turn>\n<assistant>"
+    assert texts(run, first) == (expected, "Blue<turn>", "Red<turn>")
+    assert texts(run, second) == (expected, "a<turn>", "b<turn>")
+    assert run.stop_ids == run.tokenizer.convert_tokens_to_ids(["<turn>", "<eos>"])
+    run, *pairs = load(numbered(2), model=chat)
+    assert texts(run, in_order(*pairs)[0])[0] == "<user>What is 0?<turn>\n<assistant>"
+
+
+def test_template_that_refuses(load, tmp_path):
+    """Notices a traceback where the model's own template raises, as Gemma's does for a system message."""
+    strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + TEMPLATE
+    talk = [{"role": "system", "content": "Be brief."}, user("Sky?")]
+    records = [{"prompt": talk, "chosen": [assistant("Blue")], "rejected": [assistant("Red")]}] * 2
+    with pytest.raises(ad.BadInput, match="no system role"):
+        load(records, model=save_tiny_model(tmp_path / "strict", template=strict))
+
+
+def test_plain_template_is_announced(load, capsys):
+    """Notices a base model that is given conversations without a word."""
+    run, *pairs = load([{"chosen": [*TALK, assistant("Blue")], "rejected": [*TALK, assistant("Red")]}] * 2)
+    assert texts(run, pairs[0][0])[0] == "User:\nHi\n\nAssistant:\nHello\n\nUser:\nSky?\n\nAssistant:\n"
+    assert "the plain template is used" in capsys.readouterr().out
+
+
+def test_held_out_part(load):
+    """Notices a held-out part that leaks into training, or that does not follow the seed."""
+    parts = []
+    for seed in (0, 0, 1):
+        _, train, test = load(numbered(40), seed=seed)
+        parts.append([{pair.record for pair in part} for part in (train, test)])
+    for train, test in parts:
+        assert len(test) == 4 and train == set(range(40)) - test
+    assert parts[0] == parts[1] != parts[2]
+
+
+def test_test_split_of_a_folder(load, tmp_path):
+    """Notices a test split that is there and not used."""
+    folder = tmp_path / "splits"
+    folder.mkdir()
+    write(folder / "train.jsonl", numbered(5)), write(folder / "test.jsonl", numbered(9)[5:])
+    _, train, test = load(folder)
+    assert [pair.instruction for pair in train] == [f"What is {i}?" for i in range(5)]
+    assert [pair.instruction for pair in test] == [f"What is {i}?" for i in range(5, 9)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bad input on the command line
+# ----------------------------------------------------------------------------------------------------------------------
+
+BAD = {  # what is wrong: (flags, where {} is a folder of prepared files; what the error line must say)
+    "no such model": ("--model {}/nowhere", r"nowhere.*neither a local folder nor on the hub"),
+    "no such dataset": ("--dataset {}/nowhere.jsonl", r"nowhere\.jsonl: no such file"),
+    "model of an unreachable hub": ("--model gpt2", r"model gpt2 .*hub is out of reach"),
+    "dataset of an unreachable hub": ("--dataset some/pairs", r"some/pairs .*hub is out of reach"),
+    "model of a silent hub": ("--model gpt2", r"model gpt2 .*hub is out of reach"),
+    "missing field": ("--dataset {}/missing.jsonl", r"missing\.jsonl, line 2: field 'chosen' is missing"),
+    "number for text": ("--dataset {}/number.jsonl", r"number\.jsonl, line \d+: field 'chosen' is int"),
+    "mixed types": ("--dataset {}/mixed.jsonl", r"mixed\.jsonl, line 2"),
+    "not JSON": ("--dataset {}/broken.jsonl", r"broken\.jsonl, line 2: not JSON"),
+    "not JSON at all": ("--dataset {}/broken.json", r"broken\.json, line 2: not JSON"),
+    "not UTF-8": ("--dataset {}/latin.jsonl", r"latin\.jsonl, line 3: not UTF-8"),
+    "half an emoji": ("--dataset {}/half.jsonl", r"half\.jsonl"),
+    "empty file": ("--dataset {}/empty.jsonl", r"empty\.jsonl"),
+    "identical pairs": ("--dataset {}/identical.jsonl", r"identical\.jsonl: no usable pair to train on"),
+    "one pair": ("--dataset {}/one.jsonl", r"one\.jsonl: no usable pair to train on"),
+    "unknown split": ("--train_split nowhere", r"--train_split nowhere: .* has only train"),
+    "no room": ("--max_length 20 --max_prompt_length 19", r"--max_length 20 leaves no room"),
+    "too long": ("--max_length 129", r"--max_length 129 is more than the 128 positions"),
+    "teacher's vocabulary": ("--dpo {}/smaller", r"teacher .*smaller: its vocabulary or tokenizer"),
+    "teacher's tokenizer": ("--reverse_dpo {}/latin", r"teacher .*latin: its vocabulary or tokenizer"),
+    "corrupt weights": ("--model {}/corrupt", r"model .*corrupt cannot be loaded"),
+    "weights not finite": ("--model {}/nan", r"model .*nan.*finite"),
+    "beta": ("--beta 0", r"--beta is 0\.0"),
+    "learning rate": ("--sft_learning_rate -1e-5", r"--?sft_learning_rate"),
+    "r": ("--r -1", r"--r is -1\.0"),
+    "batch size": ("--batch_size 0", r"--batch_size is 0"),
+    "alpha": ("--alpha foo", r"--alpha is 'foo'"),
+    "unknown flag": ("--lerning_rate 1", r"--lerning_rate"),
+    "device": ("--device cuda:7", r"device cuda:7 is not there"),
+    "output below a file": ("--output_dir {}/file/out", r"output folder .*file/out cannot be used"),
+    "output of another run": ("--output_dir {}/run --beta 0.2", r"of a run with other settings \(beta 0\.1 → 0\.2\)"),
+    "output of other data": ("--output_dir {}/run --dataset {}/other.jsonl", r"other settings \(dataset .*data "),
+}
+
+
+def in_folder(folder: Path) -> dict:
+    """Every file below a folder, with its content."""
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory, base):
+    """A folder of what the commands of BAD take."""
+    folder = tmp_path_factory.mktemp("prepared")
+    good, other = numbered(40), numbered(41)
+    write(folder / "good.jsonl", good), write(folder / "other.jsonl", other)
+    write(folder / "missing.jsonl", [good[0], {"prompt": "a", "rejected": "b"}, *good])
+    write(folder / "number.jsonl", [record | {"chosen": 3} for record in good])
+    write(folder / "mixed.jsonl", [good[0], good[1] | {"chosen": 3}, *good])
+    lines = [json.dumps(record) for record in good]
+    (folder / "broken.jsonl").write_text("\n".join([lines[0], lines[1][:-5], *lines]))
+    (folder / "broken.json").write_text("[" + ",\n".join([lines[0], lines[1][:-5], *lines]) + "]")
+    (folder / "latin.jsonl").write_bytes("\n".join([*lines[:2], '{"prompt": "naïve"}', *lines]).encode("latin-1"))
+    (folder / "half.jsonl").write_text("\n".join([r'{"prompt": "a", "chosen": "\ud83d", "rejected": "b"}', *lines]))
+    (folder / "empty.jsonl").touch(), (folder / "file").touch()
+    write(folder / "identical.jsonl", [record | {"rejected": record["chosen"]} for record in good])
+    write(folder / "one.jsonl", good[:1])
+    save_tiny_model(folder / "smaller", vocabulary=310), save_tiny_model(folder / "latin", text=LATIN)
+    for name in ("corrupt", "nan"):
+        shutil.copytree(base, folder / name)
+    weights = folder / "corrupt" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    poisoned = {name: x.clone() for name, x in load_file(folder / "nan" / "model.safetensors").items()}
+    poisoned["transformer.ln_f.weight"][0] = torch.nan
+    save_file(poisoned, folder / "nan" / "model.safetensors", {"format": "pt"})
+    common = {"model": str(base), "dataset": str(folder / "good.jsonl"), "output_dir": str(folder / "run")}
+    ad.align(ad.Args(**common, **SMALL))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def outcomes(prepared, base, tmp_path_factory):
+    """What every command of BAD came to: name → (exit status, standard error, seconds, output folder, its files)."""
+    outs = tmp_path_factory.mktemp("outs")
+    silent = socket.create_server(("127.0.0.1", 0))  # takes connections, and never answers
+
+    def outcome(case):
+        name, (arguments, _) = case
+        settings = {"model": base, "dataset": prepared / "good.jsonl", "output_dir": outs / name, **SMALL}
+        arguments = arguments.replace("{}", str(prepared)).split()
+        out = Path(dict(pairwise(arguments)).get("--output_dir", outs / name))
+        environment = os.environ | {"HF_HOME": tempfile.mkdtemp(dir=HOME.name)}
+        if "silent" in name:
+            environment["HF_ENDPOINT"] = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        before, began = in_folder(out), time.time()
+        arguments = [*command(**settings), *arguments]
+        done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        return name, (done.returncode, done.stderr, time.time() - began, out, before)
+
+    with ThreadPoolExecutor(3) as pool, silent:
+        return dict(pool.map(outcome, BAD.items()))
+
+
+def lines_of(errors: str) -> list:
+    """The lines of standard error, without the progress bars."""
+    bar = r"[^\r\n]*\[\d[^]\r\n]*/(s|it)[^]\r\n]*\]"
+    return [line for line in re.sub(bar, "\n", errors).splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(outcomes, name):
+    """Notices bad input that gives a traceback, a vague or a long message, exit status 0 or 1, or written files."""
+    status, errors, seconds, out, before = outcomes[name]
+    lines = lines_of(errors)
+    assert status == 2, errors
+    assert len(lines) == 1 and lines[0].startswith("aligndistil.py: error: "), errors
+    assert re.search(BAD[name][1], lines[0])
+    assert in_folder(out) == before and out.exists() == bool(before)
+    assert seconds < (30 if "hub" in name else 60)  # three at a time, on perhaps two cores
+
+
+def test_overwrite(prepared, base):
+    """Notices a run that cannot be started anew with other settings, or leaves something of the old one."""
+    settings = {"model": base, "dataset": prepared / "good.jsonl", "output_dir": prepared / "run", **SMALL}
+    shutil.copytree(prepared / "run", prepared / "again")
+    settings |= {"output_dir": prepared / "again", "beta": 0.2, "overwrite": True, "max_steps": 2}
+    assert ad.align(ad.Args(**{k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}))
+    assert json.loads((prepared / "again" / "config.json").read_text())["beta"] == 0.2
+    assert [line["step"] for line in metrics(prepared / "again")] == [1, 2] * 4
+
+
+def test_folder_that_is_no_run_keeps_what_it_holds(prepared, base, tmp_path):
+    """Notices a user's own folder, named as one of ours, that is deleted without --overwrite."""
+    (tmp_path / "policy").mkdir()
+    (tmp_path / "policy" / "of_mine.txt").write_text("precious")
+    settings = {"model": str(base), "dataset": str(prepared / "good.jsonl"), "output_dir": str(tmp_path), **SMALL}
+    with contextlib.suppress(ad.BadInput):
+        ad.align(ad.Args(**settings))
+    assert (tmp_path / "policy" / "of_mine.txt").exists()
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo", "distill"])
+def test_loss_that_is_not_finite(prepared, base, tmp_path, monkeypatch, capsys, stage):
+    """Notices a run that goes on, dies of something else, or is silent about where it was, when its weights explode."""
+    settings = {"model": base, "dataset": prepared / "good.jsonl", "output_dir": tmp_path / "out", **SMALL}
+    monkeypatch.setattr(sys, "argv", command(**settings, **{f"{stage}_learning_rate": 1e30})[1:])
+    assert ad.main() == 2
+    (line,) = lines_of(capsys.readouterr().err)
+    assert re.match(r"aligndistil\.py: error: \w+: .*step [23] \(records \[\d+, ", line)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Kills and going on
+# ----------------------------------------------------------------------------------------------------------------------
+
+RESUMED = SMALL | {"max_steps": 6, "logging_steps": 1, "save_steps": 2}
+
+
+def metrics(folder: Path) -> list:
+    """The whole lines of metrics.jsonl so far."""
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines(True) if line[-1] == "\n"] if path.exists() else []
+
+
+def assert_same_run(folder: Path, reference: Path) -> None:
+    weights = lambda stage: [(x / stage / "model.safetensors").read_bytes() for x in (folder, reference)]
+    assert [stage for stage in STAGES if len(set(weights(stage))) > 1] == []
+    losses = [[(line["stage"], line["step"], line["loss"]) for line in metrics(x)] for x in (folder, reference)]
+    assert losses[0] == losses[1]
+    assert json.loads((folder / "results.json").read_text()) == json.loads((reference / "results.json").read_text())
+
+
+def start(folder: Path):
+    """The run of the demo as a process of its own."""
+    process = FORK.Process(target=ad.align, args=(ad.parse_args(flags(output_dir=folder, **RESUMED)),))
+    process.start()
+    return process
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The output folder of a run that nothing disturbs, with a line for every step of every stage."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    ad.align(ad.parse_args(flags(output_dir=folder, **RESUMED)))
+    assert [(line["stage"], line["step"]) for line in metrics(folder)] == [(x, i) for x in STAGES for i in range(1, 7)]
+    return folder
+
+
+def test_finished_run(uninterrupted):
+    """Notices a finished run that is done again, changed, or answered with something else than its results."""
+    before = in_folder(uninterrupted)
+    results = ad.align(ad.parse_args(flags(output_dir=uninterrupted, **RESUMED)))
+    assert in_folder(uninterrupted) == before and results == json.loads((uninterrupted / "results.json").read_text())
+
+
+def test_kills_change_nothing(uninterrupted, tmp_path):
+    """Notices anything that a kill at any moment breaks, repeats or loses: one weight, one line, one result."""
+    draw, path, kills = random.Random(0), tmp_path / "metrics.jsonl", []
+    written = lambda: path.stat().st_mtime_ns if path.exists() else 0
+    for lines in sorted(draw.sample(range(1, 25), 12)):  # of the 24 that the whole training writes
+        before, process = written(), start(tmp_path)
+        while process.is_alive() and (written() == before or len(metrics(tmp_path)) < lines):
+            time.sleep(0.002)
+        time.sleep(draw.uniform(0, 0.1))
+        process.kill()
+        process.join()
+        kills += [metrics(tmp_path)[-1]["stage"]] if process.exitcode == -signal.SIGKILL else []
+    process = start(tmp_path)
+    process.join()
+    assert len(kills) >= 10 and len(set(kills)) >= 3 and process.exitcode == 0
+    assert_same_run(tmp_path, uninterrupted)
+
+
+def test_ctrl_c(uninterrupted, tmp_path, capsys):
+    """Notices a Ctrl-C that loses a step, leftovers of a kill that are taken for whole, and stages done twice."""
+    once = RESUMED | {"save_steps": 100}  # so that a checkpoint can only be Ctrl-C's
+    run = partial(subprocess.Popen, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = run(command(output_dir=tmp_path, **once))
+    while process.poll() is None and len(metrics(tmp_path)) < 20:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, errors = process.communicate()
+    assert process.returncode == 130 and "stopping after this step" in out and "Traceback" not in errors
+    assert len(lines_of(errors)) == 1 and lines_of(errors)[0].startswith("aligndistil.py: stopped; the same command")
+    checkpoint = torch.load(tmp_path / "checkpoint.pt")
+    assert checkpoint["stage"] == "policy" and checkpoint["step"] == len(metrics(tmp_path)) - 18
+
+    shutil.copytree(tmp_path / "sft", tmp_path / "policy.partial")
+    (tmp_path / "checkpoint.pt.partial").write_bytes(b"half")
+    (tmp_path / "metrics.jsonl").open("a").write('{"stage": "policy", "st')
+    before = {stage: (tmp_path / stage).stat().st_mtime_ns for stage in STAGES[:3]}
+    ad.align(ad.parse_args(flags(output_dir=tmp_path, **RESUMED)))
+    out = capsys.readouterr().out
+    assert "policy: going on after step" in out and all(f"{stage}: finished before" in out for stage in STAGES[:3])
+    assert before == {stage: (tmp_path / stage).stat().st_mtime_ns for stage in STAGES[:3]}
+    assert_same_run(tmp_path, uninterrupted)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Several processes
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_torchrun(tmp_path):
+    """Notices two processes that train on something else than one does, or that both write."""
+    losses = {}
+    for world, start_with in {1: [sys.executable], 2: ["torchrun", "--standalone", "--nproc_per_node", "2"]}.items():
+        settings = SMALL | {"logging_steps": 1, "off_policy": True, "output_dir": tmp_path / str(world)}
+        done = subprocess.run(
+            [*start_with, ad.__file__, *flags(**settings)], capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("models, metrics, samples and results are in") == 1
+        assert len(metrics(tmp_path / str(world))) == 12
+        losses[world] = [line["loss"] for line in metrics(tmp_path / str(world)) if line["step"] == 1]
+    assert losses[2] == pytest.approx(losses[1], rel=1e-4)
+
+
+def gradients_of_rank(rank: int, world: int, folder: Path) -> None:
+    """Gradients of every loss on this rank's share of seven pairs, in several micro-batches; rank 0 saves them."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
+    if world > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    run = ad.Run(ad.Args(device="cpu", output_dir=str(folder), tokens_per_micro_batch=60, chunk_size=7))
+    run.pad_id = 0
+    draw = random.Random(0)
+    some = lambda: [draw.randrange(3, 60) for _ in range(draw.randrange(2, 12))]
+    prompts = [some() for _ in range(7)]
+    pairs = [[ad.Response(prompt, some(), draw.uniform(-9, 0)) for _ in "12"] for prompt in prompts]
+    chosen = [[pair[0]] for pair in pairs]
+    dpo, base = (ad.LM(ad.demo_model(seed)).requires_grad_(False) for seed in (1, 2))
+    distill = partial(ad.distillation_batch_loss, dpo=dpo, base=base, reward="contrastive", beta=0.1)
+    cases = {
+        "sft": (chosen, ad.sft_batch_loss),
+        "dpo": (pairs, partial(ad.dpo_batch_loss, beta=0.1)),
+        "distill": (chosen, partial(distill, alpha_of=partial(ad.adaptive_alpha, r=4.0))),
+    }
+    found = {}
+    for name, (examples, loss_of) in cases.items():
+        policy = ad.LM(ad.demo_model(0))
+        parallel = policy if world == 1 else DistributedDataParallel(policy, broadcast_buffers=False)
+        sums = ad.accumulate_gradient(parallel, examples[rank::world], loss_of, len(examples), run)
+        found[name] = {key: parameter.grad for key, parameter in policy.named_parameters()}
+        found[name]["loss"] = run.total(sums["loss"])
+    if rank == 0:
+        torch.save(found, folder / f"{world}.pt")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def test_gradient_of_two_processes(tmp_path):
+    """Notices shares of two processes that do not add up to the whole batch's gradient, whatever their sizes."""
+    for world in (1, 2):
+        torch.multiprocessing.start_processes(gradients_of_rank, (world, tmp_path), nprocs=world, start_method="forkserver")
+    one, two = (torch.load(tmp_path / f"{world}.pt") for world in (1, 2))
+    for loss in one:
+        for name, expected in one[loss].items():
+            assert (two[loss][name] - expected).norm() <= 1e-5 * expected.norm(), (loss, name)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -640,7 +1241,11 @@ def benchmark(argv=None):
     config = transformers.GPT2Config(n_positions=max(1024, args.length))
     frozen_type = torch.bfloat16 if run.bf16 else torch.float32
     make = lambda dtype: ad.LM(transformers.GPT2LMHeadModel(config).to(device, dtype), args.chunk_size)
-    policy, dpo, rev = make(torch.float32), make(frozen_type).requires_grad_(False), make(frozen_type).requires_grad_(False)
+    policy, dpo, rev = (
+        make(torch.float32),
+        make(frozen_type).requires_grad_(False),
+        make(frozen_type).requires_grad_(False),
+    )
     half = args.length // 2
     draw = lambda n: torch.randint(config.vocab_size, (n,)).tolist()
     responses = [ad.Response(draw(half), draw(args.length - half), -8.0 * half) for _ in range(args.batch)]
@@ -665,7 +1270,9 @@ def benchmark(argv=None):
         },
     }
     precision = "bfloat16 autocast" if run.bf16 else "float32"
-    print(f"GPT-2 shape, {args.batch} x {args.length} tokens, half prompt, {precision}, {device.type}, torch {torch.__version__}")
+    print(
+        f"GPT-2 shape, {args.batch} x {args.length} tokens, half prompt, {precision}, {device.type}, torch {torch.__version__}"
+    )
     for stage, variants in work.items():
         rounds = []
         for _ in range(args.repeats + 1):  # in turn, so that a drift of the machine's speed hits all alike
