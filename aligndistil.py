@@ -833,7 +833,7 @@ def read_dataset(name: str, seed: int) -> datasets.DatasetDict:
     if not kind and not Path(name).is_dir():
         check_hub(name, "dataset")
     as_text = {"converters": dict.fromkeys(("prompt", "chosen", "rejected"), str)}  # or pandas takes "NA" for missing
-    options = as_text if kind == "csv" else {}
+    options = {**as_text, "keep_default_na": False} if kind == "csv" else {}
     try:
         if kind == "json":
             check_json(name)
