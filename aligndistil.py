@@ -426,17 +426,23 @@ def micro_batches(examples: list, tokens: int) -> list:
     return groups
 
 
+def batches(examples: list, run: "Run", title=None):
+    """(indices, Batch on the run's device) of each micro-batch; with a progress bar if it has a title."""
+    groups = micro_batches(examples, run.args.tokens_per_micro_batch)
+    for group in run.bar(groups, title, leave=False) if title else groups:
+        yield group, collate([examples[i] for i in group], run.pad_id, run.device)
+
+
 def accumulate_gradient(policy: nn.Module, examples: list, loss_of: Callable, batch_size: int, run: "Run") -> dict:
     """Gradient of the mean loss over the optimisation batch, of which `examples` are this rank's share.
 
     Returns this rank's sums of what the loss watches and of tokens, on the device, undivided. `policy` is an LM, or one
     in DistributedDataParallel, which averages over ranks in the last micro-batch: hence the factor `run.world`.
     """
-    sums = {}
-    groups = micro_batches(examples, run.args.tokens_per_micro_batch)
-    for group in groups:
-        batch = collate([examples[i] for i in group], run.pad_id, run.device)
-        with contextlib.nullcontext() if run.world == 1 or group is groups[-1] else policy.no_sync():
+    sums, done = {}, 0
+    for group, batch in batches(examples, run):
+        done += len(group)
+        with contextlib.nullcontext() if run.world == 1 or done == len(examples) else policy.no_sync():
             with run.autocast():
                 loss, watched = policy(loss_of, batch)
             (loss * (run.world / batch_size)).backward()
@@ -483,7 +489,8 @@ def train(
         try:
             examples = examples_of(policy, [pairs[i] for i in indices])
         except RuntimeError as error:  # what torch.multinomial says of probabilities that are not finite
-            log.stop(step, pairs, first_line(error)) if "probability tensor" in str(error) else None
+            if "probability tensor" in str(error):
+                log.stop(step, pairs, first_line(error))
             raise
         sums = accumulate_gradient(parallel, examples, loss_of, batch_size, run)
 
@@ -645,7 +652,10 @@ DEMO = dict(
     eval_prompts=512,
 )  # fmt: skip
 FREE_SETTINGS = ("output_dir", "overwrite", "save_steps", "logging_steps")  # a run may go on with others of these
-OUTPUTS = "config.json sft dpo reverse_dpo policy checkpoint.pt reference_logps.pt metrics.jsonl samples.json results.json".split()
+# what a run leaves; config.json last, so that an --overwrite killed half-way is still known for a run
+OUTPUTS = (
+    "sft dpo reverse_dpo policy checkpoint.pt reference_logps.pt metrics.jsonl samples.json results.json config.json"
+)
 
 
 class BadInput(Exception):
@@ -851,14 +861,14 @@ def check_json(path: str) -> None:
         raise BadInput(f"{path}: the file is empty; add pairs")
     for number, line in enumerate(content.split(b"\n") if by_line else [content], 1):
         try:
-            if line.strip() and by_line and not isinstance(json.loads(line.decode("utf-8-sig")), dict):
-                raise BadInput(f"{path}, line {number}: not a JSON object; mend the line")
-            by_line or json.loads(line.decode("utf-8-sig"))
+            value = json.loads(line.decode("utf-8-sig")) if line.strip() else {}
         except UnicodeDecodeError as error:
             number += line[: error.start].count(b"\n")
             raise BadInput(f"{path}, line {number}: not UTF-8; convert the file") from None
         except json.JSONDecodeError as error:
             raise BadInput(f"{path}, line {number + error.lineno - 1}: not JSON ({error.msg}); mend the line") from None
+        if by_line and not isinstance(value, dict):
+            raise BadInput(f"{path}, line {number}: not a JSON object; mend the line")
 
 
 def load_pairs(run: "Run") -> tuple:
@@ -986,9 +996,9 @@ def pair_logps(run: "Run", lm: LM, pairs: list, title: str) -> Tensor:
     """log π of the chosen and the rejected response of every pair: (n, 2), float32 on the CPU."""
     examples = [[pair.chosen, pair.rejected] for pair in pairs[run.rank :: run.world]]
     logps = torch.zeros(len(pairs), 2, device=run.device)
-    for group in run.bar(micro_batches(examples, run.args.tokens_per_micro_batch), title):
+    for group, batch in batches(examples, run, title):
         with run.autocast():
-            both = response_logps(lm, collate([examples[i] for i in group], run.pad_id, run.device))
+            both = response_logps(lm, batch)
         logps[[run.rank + i * run.world for i in group]] = both.view(2, -1).T
     return run.total(logps).cpu()
 
@@ -1057,9 +1067,7 @@ def sample_and_score(run: "Run", name: str, lms: dict, pairs: list) -> list:
     sampled = sample(lm, [pair.chosen.prompt for pair in mine], run)
     responses = [Response(pair.chosen.prompt, tokens) for pair, tokens in zip(mine, sampled)]
     scored = [None] * len(mine)
-    groups = micro_batches([[response] for response in responses], run.args.tokens_per_micro_batch)
-    for group in run.bar(groups, f"scoring {name}", leave=False):
-        batch = collate([[responses[i]] for i in group], run.pad_id, run.device)
+    for group, batch in batches([[response] for response in responses], run, f"scoring {name}"):
 
         def values(chunk, rows, batch=batch):
             logits = {key: other.logits(hidden[key][rows]) for key, other in lms.items()}  # noqa: B023
@@ -1297,7 +1305,7 @@ def open_output(run: Run, pairs: list) -> None:
     settings, config = asdict(run.args) | {"data": crc}, run.out / "config.json"
     try:
         saved = json.loads(config.read_text()) if config.exists() else {}
-        ours = [run.out / name for name in OUTPUTS if (run.out / name).exists()]
+        ours = [run.out / name for name in OUTPUTS.split() if (run.out / name).exists()]
         needed = [Path(name).resolve() for name in (run.args.model, run.args.dpo, run.args.reverse_dpo) if name]
         doomed = [path for path in needed if path in [path.resolve() for path in ours]]
         if ours and not {"model", "data"} <= saved.keys():

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import copy
 import ctypes
+import dataclasses
 import itertools
 import json
 import math
@@ -1056,6 +1057,87 @@ def test_finished_run(uninterrupted):
     assert in_folder(uninterrupted) == before and results == json.loads((uninterrupted / "results.json").read_text())
 
 
+def test_what_a_run_leaves(uninterrupted, prepared):
+    """Notices a missing model, tokenizer, column or number in the output folder, of the demo and of a model of one's own."""
+    for folder, columns in ((uninterrupted, {"true_reward", "win_rate"}), (prepared / "run", set())):
+        for stage in STAGES:
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder / stage)
+            assert len(transformers.AutoTokenizer.from_pretrained(folder / stage)) <= model.config.vocab_size
+        results = json.loads((folder / "results.json").read_text())
+        assert list(results["models"]) == ["reference", "dpo", "reverse_dpo", "policy"]
+        for row in results["models"].values():
+            assert row.keys() == {"reward", "kl", "length", "entropy"} | columns and all(
+                map(math.isfinite, row.values())
+            )
+        assert results["models"]["reference"]["kl"] == pytest.approx(0, abs=1e-5)
+        assert results["models"]["policy"]["kl"] > 0
+        accuracy = results["reward_accuracy"]
+        assert accuracy.keys() == {"dpo", "reverse", "contrastive", "n"}
+        assert all(
+            0 <= accuracy[x]["low"] <= accuracy[x]["accuracy"] <= accuracy[x]["high"] <= 1 for x in accuracy if x != "n"
+        )
+        samples = json.loads((folder / "samples.json").read_text())
+        assert {"instruction", "output", "generator"} <= samples[0].keys() and len(samples) % 4 == 0
+        assert all(len(row["tokens"]) == len(row["token_rewards"]) == row["length"] for row in samples)
+        mean = statistics.mean(row["kl"] for row in samples if row["generator"] == "dpo")
+        assert mean == pytest.approx(results["models"]["dpo"]["kl"])
+        step = metrics(folder)[-1]
+        assert {
+            "loss",
+            "alpha",
+            "beta_t",
+            "kl",
+            "grad_norm",
+            "learning_rate",
+            "tokens_per_s",
+            "peak_memory_gb",
+        } <= step.keys()
+
+
+def test_the_seed_decides(prepared, base, tmp_path):
+    """Notices a seed that is ignored: the same one gives the same weights, another one others."""
+    common = {"model": str(base), "dataset": str(prepared / "good.jsonl"), **SMALL}
+    weights = []
+    for name, seed in (("same", 0), ("other", 1)):
+        ad.align(ad.Args(**common, output_dir=str(tmp_path / name), seed=seed))
+        weights.append((tmp_path / name / "policy" / "model.safetensors").read_bytes())
+    assert weights[0] == (prepared / "run" / "policy" / "model.safetensors").read_bytes() != weights[1]
+
+
+def test_the_schedule_and_the_start_of_the_policy(prepared, base, tmp_path):
+    """Notices a wrong warm-up or decay, teachers that are trained again, and a policy that starts elsewhere than told."""
+    teachers = {f"{name}": str(prepared / "run" / name) for name in ("dpo", "reverse_dpo")}
+    settings = SMALL | {"max_steps": 20, "distill_epochs": 20, "warmup_ratio": 0.2, "sft": False, "off_policy": True}
+    settings |= {
+        "model": str(base),
+        "dataset": str(prepared / "good.jsonl"),
+        "distill_learning_rate": 1e-12,
+        **teachers,
+    }
+    ad.align(ad.Args(**settings, output_dir=str(tmp_path / "out"), init_from="dpo"))
+    assert not (tmp_path / "out" / "dpo").exists() and {line["stage"] for line in metrics(tmp_path / "out")} == {
+        "policy"
+    }
+    rates = [line["learning_rate"] / 1e-12 for line in metrics(tmp_path / "out")]
+    assert rates == pytest.approx([0.25, 0.5, 0.75, 1, *(i / 16 for i in range(16, 0, -1))])
+    moved = lambda a, b: max((a[name] - b[name]).abs().max().item() for name in a)
+    policy, dpo = (
+        load_file(folder / "model.safetensors") for folder in (tmp_path / "out" / "policy", prepared / "run" / "dpo")
+    )
+    assert moved(policy, dpo) < 1e-9 < moved(policy, load_file(base / "model.safetensors"))
+
+
+def test_the_readme_names_what_is_there():
+    """Notices a function or a flag of the README that the script does not have."""
+    readme = (Path(ad.__file__).parent / "README.md").read_text()
+    table = readme.split("## Equation → function")[1].split("## What a run leaves")[0]
+    for name in re.findall(r"`([a-zA-Z_]+(?:\.[a-z]+)?)`", table):
+        assert hasattr(ad, name.split(".")[0]), name
+    known = {field.name for field in dataclasses.fields(ad.Args)} | {"help", "nproc_per_node"}
+    for flag in re.findall(r"--([a-z][a-z0-9_]+)\b", readme):
+        assert flag in known, flag
+
+
 def test_kills_change_nothing(uninterrupted, tmp_path):
     """Notices anything that a kill at any moment breaks, repeats or loses: one weight, one line, one result."""
     draw, path, kills = random.Random(0), tmp_path / "metrics.jsonl", []
@@ -1154,7 +1236,9 @@ def gradients_of_rank(rank: int, world: int, folder: Path) -> None:
 def test_gradient_of_two_processes(tmp_path):
     """Notices shares of two processes that do not add up to the whole batch's gradient, whatever their sizes."""
     for world in (1, 2):
-        torch.multiprocessing.start_processes(gradients_of_rank, (world, tmp_path), nprocs=world, start_method="forkserver")
+        torch.multiprocessing.start_processes(
+            gradients_of_rank, (world, tmp_path), nprocs=world, start_method="forkserver"
+        )
     one, two = (torch.load(tmp_path / f"{world}.pt") for world in (1, 2))
     for loss in one:
         for name, expected in one[loss].items():
