@@ -1017,7 +1017,8 @@ def accuracy_interval(margins: Tensor) -> dict:
     """The share of positive margins (n,), with Wilson's 95 % interval."""
     n, p, z = len(margins), (margins > 0).float().mean().item(), 1.959964
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return {"accuracy": p, "low": (middle - half) / (1 + z * z / n), "high": (middle + half) / (1 + z * z / n)}
+    low, high = ((middle + sign * half) / (1 + z * z / n) for sign in (-1, 1))
+    return {"accuracy": p, "low": max(0.0, low), "high": min(1.0, high)}
 
 
 @torch.no_grad()
