@@ -647,7 +647,7 @@ class Args:
 
 
 DEMO = dict(
-    dataset="demo", r=4.0, sft_learning_rate=1e-3, dpo_learning_rate=5e-5, distill_learning_rate=3e-4, sft_epochs=4.5,
+    dataset="demo", r=4.0, sft_learning_rate=1e-3, dpo_learning_rate=3e-5, distill_learning_rate=3e-4, sft_epochs=4.5,
     dpo_epochs=2.5, distill_epochs=1.5, batch_size=64, max_length=64, max_prompt_length=12, sampling_batch_size=256,
     eval_prompts=512,
 )  # fmt: skip
