@@ -1189,7 +1189,10 @@ def test_ctrl_c(uninterrupted, tmp_path, capsys):
 def test_torchrun(tmp_path):
     """Notices two processes that train on something else than one does, or that both write."""
     losses = {}
-    for world, start_with in {1: [sys.executable], 2: ["torchrun", "--standalone", "--nproc_per_node", "2"]}.items():
+    for world, start_with in {
+        1: [sys.executable],
+        2: [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+    }.items():
         settings = SMALL | {"logging_steps": 1, "off_policy": True, "output_dir": tmp_path / str(world)}
         done = subprocess.run(
             [*start_with, ad.__file__, *flags(**settings)], capture_output=True, text=True, timeout=300, check=False
