@@ -663,6 +663,8 @@ class BadInput(Exception):
 
 
 class Parser(transformers.HfArgumentParser):
+    """The settings as flags. Its errors are one line too."""
+
     def error(self, message):
         raise BadInput(f"{message}; see --help")
 
@@ -824,7 +826,7 @@ def encode_pairs(run: "Run", source: str, records, numbers: list, most: int) -> 
 
 
 def where(source: str, number: int) -> str:
-    """ "FILE, line 7" for a JSON Lines file, "SOURCE, record 6 (from 0)" for anything else."""
+    """Where a record stands: "FILE, line 7" in JSON Lines, "SOURCE, record 6 (from 0)" in anything else."""
     if source.lower().endswith(".jsonl") and os.path.isfile(source):
         with open(source, "rb") as file:
             lines = [i for i, line in enumerate(file, 1) if line.strip()]
