@@ -299,11 +299,14 @@ def response_sums(values: Tensor, batch: Batch) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def response_logps(lm: LM, batch: Batch) -> Tensor:
-    """log π(y|x) of each response, (B,): the sum of its tokens' log-probabilities. No gradient."""
-    with torch.no_grad():
-        values = lambda chunk, rows: token_logps(lm.logits(chunk), batch.targets[rows])
-        return response_sums(in_chunks(values, lm.hidden(batch), lm.chunk_size), batch)
+@torch.no_grad()
+def response_logps(lm: LM, batch: Batch, hidden: Optional[Tensor] = None) -> Tensor:
+    """log π(y|x) of each response, (B,): the sum of its tokens' log-probabilities. No gradient.
+
+    `hidden` is lm.hidden(batch), where the caller has it already.
+    """
+    values = lambda chunk, rows: token_logps(lm.logits(chunk), batch.targets[rows])
+    return response_sums(in_chunks(values, lm.hidden(batch) if hidden is None else hidden, lm.chunk_size), batch)
 
 
 def sft_batch_loss(policy: LM, batch: Batch) -> tuple:
@@ -324,16 +327,16 @@ def dpo_batch_loss(policy: LM, batch: Batch, beta: float) -> tuple:
     the responses' log-probabilities, and once more, chunk by chunk, for the gradient with these slopes.
     """
     hidden = policy.hidden(batch)
-    values = lambda chunk, rows: token_logps(policy.logits(chunk), batch.targets[rows])
-    with torch.no_grad():
-        logps = response_sums(in_chunks(values, hidden, policy.chunk_size), batch)
-    chosen, rejected = logps.requires_grad_().chunk(2)
+    logps = response_logps(policy, batch, hidden).requires_grad_()
+    chosen, rejected = logps.chunk(2)
     ref_chosen, ref_rejected = batch.ref_logps.chunk(2)
     losses = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta)
     (slopes,) = torch.autograd.grad(losses.sum(), logps)
 
-    weighted = lambda chunk, rows: (slopes[batch.row[rows]] * values(chunk, rows))[:, None]
-    surrogate, _ = sum_in_chunks(weighted, hidden, policy)
+    def values(chunk, rows):
+        return (slopes[batch.row[rows]] * token_logps(policy.logits(chunk), batch.targets[rows]))[:, None]
+
+    surrogate, _ = sum_in_chunks(values, hidden, policy)
     loss = losses.sum().detach() + surrogate - surrogate.detach()  # the value of one, the gradient of the other
     margins = (implicit_reward(chosen, ref_chosen, beta) - implicit_reward(rejected, ref_rejected, beta)).detach()
     return loss, {"loss": loss.detach(), "accuracy": (margins > 0).float().sum(), "margin": margins.sum()}
