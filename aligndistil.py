@@ -28,6 +28,8 @@ import array
 import contextlib
 import copy
 import functools
+import html
+import io
 import json
 import math
 import os
@@ -42,7 +44,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from itertools import pairwise
+from itertools import groupby, pairwise, zip_longest
 from pathlib import Path
 from typing import Literal, Optional
 
@@ -53,6 +55,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from jinja2 import TemplateError
+from matplotlib.figure import Figure
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -98,6 +101,14 @@ def adaptive_alpha(dpo_logits: Tensor, base_logits: Tensor, r: float, eps: float
     return r * total_variation(dpo_logits, base_logits) + eps
 
 
+def token_beta(alpha: Tensor, beta: float) -> Tensor:
+    """Eq. 17. β_t = β0/α_t, (...): the KL coefficient for which extrapolating by α_t is optimal, and the loss's weight.
+
+    Where α_t is 0 there is no such coefficient, and the weight is 1: plain distillation.
+    """
+    return torch.where(alpha > 0, beta / alpha, 1.0)
+
+
 def teacher_logits(anchor_logits: Tensor, dpo_logits: Tensor, base_logits: Tensor, alpha) -> Tensor:
     """Eq. 11, 15, 17. z* = z_anchor + α·(z_dpo − z_base): (..., V), with α a number or (...).
 
@@ -131,7 +142,15 @@ def distillation_loss(policy_logits: Tensor, teacher_logits: Tensor, weight, mas
 
 def token_logps(logits: Tensor, tokens: Tensor) -> Tensor:
     """log π(token | state), (...), from logits (..., V) and token ids (...)."""
-    return logits.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+
+
+def score_function(policy_logps: Tensor, signal: Tensor) -> Tensor:
+    """signal·log π_θ(y_t), (...), whose gradient signal·∇log π_θ(y_t) estimates that of an expectation over π_θ.
+
+    With signal = log π_θ(y_t) − log π*(y_t), its mean over y_t ~ π_θ is ∇KL(π_θ ‖ π*). No gradient through the signal.
+    """
+    return signal.detach() * policy_logps
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -300,13 +319,9 @@ def response_sums(values: Tensor, batch: Batch) -> Tensor:
 
 
 @torch.no_grad()
-def response_logps(lm: LM, batch: Batch, hidden: Optional[Tensor] = None) -> Tensor:
-    """log π(y|x) of each response, (B,): the sum of its tokens' log-probabilities. No gradient.
-
-    `hidden` is lm.hidden(batch), where the caller has it already.
-    """
-    values = lambda chunk, rows: token_logps(lm.logits(chunk), batch.targets[rows])
-    return response_sums(in_chunks(values, lm.hidden(batch) if hidden is None else hidden, lm.chunk_size), batch)
+def state_logps(lm: LM, batch: Batch, hidden: Tensor) -> Tensor:
+    """log π(y_t|s_t) at every response state, (N,), from hidden = lm.hidden(batch). No gradient."""
+    return in_chunks(lambda chunk, rows: token_logps(lm.logits(chunk), batch.targets[rows]), hidden, lm.chunk_size)
 
 
 def sft_batch_loss(policy: LM, batch: Batch) -> tuple:
@@ -327,7 +342,7 @@ def dpo_batch_loss(policy: LM, batch: Batch, beta: float) -> tuple:
     the responses' log-probabilities, and once more, chunk by chunk, for the gradient with these slopes.
     """
     hidden = policy.hidden(batch)
-    logps = response_logps(policy, batch, hidden).requires_grad_()
+    logps = response_sums(state_logps(policy, batch, hidden), batch).requires_grad_()
     chosen, rejected = logps.chunk(2)
     ref_chosen, ref_rejected = batch.ref_logps.chunk(2)
     losses = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta)
@@ -342,32 +357,62 @@ def dpo_batch_loss(policy: LM, batch: Batch, beta: float) -> tuple:
     return loss, {"loss": loss.detach(), "accuracy": (margins > 0).float().sum(), "margin": margins.sum()}
 
 
-def distillation_batch_loss(
-    policy: LM, batch: Batch, dpo: LM, base: LM, reward: str, alpha_of: Callable, beta: float
-) -> tuple:
+@dataclass
+class Teacher:
+    """π* = softmax(z_anchor + α·(z_dpo − z_base)) from two frozen models, one of which is the anchor."""
+
+    dpo: LM
+    base: LM  # the reverse model, or the reference for the vanilla teacher
+    anchor: LM
+    alpha_of: Callable  # (dpo_logits, base_logits), (n, V) each → α (n,): how far to extrapolate; Eq. 16, or a constant
+
+    def hidden(self, batch: Batch) -> tuple:
+        """The hidden states of π_dpo and of the base, (N, hidden size) each; one pass if they are the same model."""
+        dpo_hidden = self.dpo.hidden(batch)
+        return dpo_hidden, dpo_hidden if self.base is self.dpo else self.base.hidden(batch)
+
+    def logits(self, hidden: tuple, rows: slice) -> tuple:
+        """z_dpo, z_base, z* (n, V) and α (n,) at the states hidden[rows]."""
+        dpo_logits, base_logits = self.dpo.logits(hidden[0][rows]), self.base.logits(hidden[1][rows])
+        alpha = self.alpha_of(dpo_logits, base_logits)
+        anchor_logits = dpo_logits if self.anchor is self.dpo else base_logits
+        return dpo_logits, base_logits, teacher_logits(anchor_logits, dpo_logits, base_logits, alpha), alpha
+
+
+def distillation_batch_loss(policy: LM, batch: Batch, teacher: Teacher, beta: float, signal="distribution") -> tuple:
     """Eq. 18 and 19, summed over responses: 1/|y| Σ_t β_t·KL(π_θ ‖ π*) with β_t = β0/α_t.
 
-    `reward` picks the teacher's anchor: π_dpo for "contrastive" (base: the reverse model), the base itself for
-    "vanilla" (base: the reference). `alpha_of(dpo_logits, base_logits)` is the one place that decides how far to
-    extrapolate: Eq. 16, or a constant. Where it is 0 the formula has no β_t, and the weight is 1: plain distillation.
+    `signal` says where the gradient comes from: the whole "distribution" at each state, exactly; the sampled "token",
+    by the score function with k_t = β_t·(log π_θ − log π*)(y_t); or the "sequence", whose total Σ_t k_t goes to each of
+    its tokens. The last two are for the policy's own responses only. All three watch the same: the loss; α, β_t and the
+    KL to the teacher, means over states; and the response's reward, β0·Σ_t (log π_dpo − log π_base)(y_t).
     """
     with torch.no_grad():  # launched before the policy's own pass, so that on two devices they overlap
-        dpo_hidden = dpo.hidden(batch)
-        base_hidden = dpo_hidden if base is dpo else base.hidden(batch)
+        teacher_hidden = teacher.hidden(batch)
+    hidden = policy.hidden(batch)
 
-    def values(chunk, rows):
+    def values(chunk, rows, totals=None):
+        tokens, lengths = batch.targets[rows], batch.lengths[batch.row[rows]]
         with torch.no_grad():  # neither the teacher nor α_t is trained
-            dpo_logits, base_logits = dpo.logits(dpo_hidden[rows]), base.logits(base_hidden[rows])
-            alpha = alpha_of(dpo_logits, base_logits)
-            beta_t = torch.where(alpha > 0, beta / alpha, 1.0)
-            anchor_logits = dpo_logits if reward == "contrastive" else base_logits
-            teacher = teacher_logits(anchor_logits, dpo_logits, base_logits, alpha)
-        kl = reverse_kl(policy.logits(chunk), teacher)
-        return torch.stack([beta_t * kl, alpha, beta_t, kl], -1) / batch.lengths[batch.row[rows], None]
+            dpo_logits, base_logits, z, alpha = teacher.logits(teacher_hidden, rows)
+            beta_t = token_beta(alpha, beta)
+            reward = implicit_reward(token_logps(dpo_logits, tokens), token_logps(base_logits, tokens), beta)
+        logits = policy.logits(chunk)
+        kl, own = reverse_kl(logits, z), torch.zeros_like(alpha)
+        loss = surrogate = beta_t * kl
+        if signal != "distribution":
+            logps = token_logps(logits, tokens)
+            own = beta_t * (logps - token_logps(z, tokens))
+            surrogate = score_function(logps, own if totals is None else totals[batch.row[rows]])
+        means = torch.stack([surrogate, loss, alpha, beta_t, kl, reward * lengths], -1) / lengths[:, None]
+        return torch.cat([means, own[:, None]], -1)
 
-    loss, values = sum_in_chunks(values, policy.hidden(batch), policy)
-    _, alpha, beta_t, kl = values.sum(0)
-    return loss, {"loss": loss.detach(), "alpha": alpha, "beta_t": beta_t, "kl": kl}
+    if signal == "sequence":
+        with torch.no_grad():
+            k = in_chunks(values, hidden, policy.chunk_size)[:, -1]
+        values = functools.partial(values, totals=response_sums(k, batch))
+    surrogate, values = sum_in_chunks(values, hidden, policy)
+    return surrogate, dict(zip(("loss", "alpha", "beta_t", "kl", "reward"), values[:, 1:].sum(0)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -468,7 +513,8 @@ def train(
 ) -> str:  # fmt: skip
     """Train a copy of the model `start` (folder or hub id) and return its folder, <output_dir>/<stage>.
 
-    `examples_of(policy, pairs)` makes a step's examples: responses of the data, or the policy's own. AdamW, linear
+    `examples_of(policy, pairs)` makes a step's examples, responses of the data or the policy's own, and a dict of sums
+    to watch of them. AdamW, linear
     warm-up then linear decay, gradients clipped to `max_grad_norm`. A finished stage is not repeated; one under way
     goes on from its last checkpoint. Raises BadInput when a loss is not finite.
     """
@@ -490,12 +536,13 @@ def train(
         indices = batch_indices(step, len(pairs), batch_size, args.seed)
         indices = sorted(indices, key=lambda i: len(pairs[i].chosen))[run.rank :: run.world]
         try:
-            examples = examples_of(policy, [pairs[i] for i in indices])
+            examples, watched = examples_of(policy, [pairs[i] for i in indices])
         except RuntimeError as error:  # what torch.multinomial says of probabilities that are not finite
             if "probability tensor" in str(error):
                 log.stop(step, pairs, first_line(error))
             raise
         sums = accumulate_gradient(parallel, examples, loss_of, batch_size, run)
+        sums |= {name: torch.tensor(float(value), device=run.device) for name, value in watched.items()}
 
         schedule = min((step + 1) / warmup if warmup else 1, (steps - step) / max(1, steps - warmup))
         optimizer.param_groups[0]["lr"] = learning_rate * schedule
@@ -531,8 +578,8 @@ def align(args: "Args") -> dict:
     """
     run, train_pairs, test_pairs = set_up(args)
     args = run.args  # with every default filled in
-    chosen_only = lambda policy, pairs: [[pair.chosen] for pair in pairs]
-    both = lambda policy, pairs: [[pair.chosen, pair.rejected] for pair in pairs]
+    chosen_only = lambda policy, pairs: ([[pair.chosen] for pair in pairs], {})
+    both = lambda policy, pairs: ([[pair.chosen, pair.rejected] for pair in pairs], {})
 
     # π_ref: a base model first learns what responses look like
     reference = args.model
@@ -553,33 +600,43 @@ def align(args: "Args") -> dict:
     # π_θ: distilled from the extrapolated teacher on its own responses, or on the chosen ones
     def own_responses(policy, pairs):
         sampled = sample(policy, [pair.chosen.prompt for pair in pairs], run)
-        return [[Response(pair.chosen.prompt, tokens)] for pair, tokens in zip(pairs, sampled)]
+        watched = {"length": sum(map(len, sampled))}
+        if args.dataset == "demo":
+            texts = run.tokenizer.batch_decode(sampled, skip_special_tokens=True)
+            watched["true_reward"] = sum(map(true_reward, texts))
+        return [[Response(pair.chosen.prompt, tokens)] for pair, tokens in zip(pairs, sampled)], watched
+
+    folders = {"reference": reference, "dpo": dpo, "reverse_dpo": reverse}
+    # loaded at the first step: not at all if the stage is finished
+    teacher = functools.cache(lambda: make_teacher(args, lambda name: load_frozen(folders[name], run)))
+
+    def distill(policy, batch):
+        return distillation_batch_loss(policy, batch, teacher(), args.beta, args.signal)
+
+    start = dpo if args.init_from == "dpo" else reference
+    responses = chosen_only if args.off_policy else own_responses
+    settings = (args.distill_learning_rate, args.distill_epochs)
+    folders["policy"] = train(run, "policy", start, train_pairs, responses, distill, *settings)
+
+    results = evaluate(run, folders, test_pairs)
+    if run.rank == 0:
+        report(run, results)
+    return results
+
+
+def make_teacher(args: "Args", lm_of: Callable) -> Teacher:
+    """The teacher that --reward, --alpha, --r and --eps ask for, of lm_of("dpo") and one more such model."""
 
     def alpha_of(dpo_logits, base_logits):
         if args.alpha == "adaptive":
             return adaptive_alpha(dpo_logits, base_logits, args.r, args.eps)
         return dpo_logits.new_full(dpo_logits.shape[:-1], float(args.alpha))
 
-    @functools.cache  # loaded at the first step: not at all if the stage is finished
-    def teachers():
-        dpo_lm = load_frozen(dpo, run)
-        if args.alpha != "adaptive" and float(args.alpha) == 0:
-            return dpo_lm, dpo_lm  # distillation from π_dpo itself has no base
-        return dpo_lm, load_frozen(reverse if args.reward == "contrastive" else reference, run)
-
-    def distill(policy, batch):
-        return distillation_batch_loss(policy, batch, *teachers(), args.reward, alpha_of, args.beta)
-
-    start = dpo if args.init_from == "dpo" else reference
-    responses = chosen_only if args.off_policy else own_responses
-    settings = (args.distill_learning_rate, args.distill_epochs)
-    policy = train(run, "policy", start, train_pairs, responses, distill, *settings)
-
-    folders = {"reference": reference, "dpo": dpo, "reverse_dpo": reverse, "policy": policy}
-    results = evaluate(run, folders, test_pairs)
-    if run.rank == 0:
-        report(run, results)
-    return results
+    dpo = lm_of("dpo")
+    if args.alpha != "adaptive" and float(args.alpha) == 0:
+        return Teacher(dpo, dpo, dpo, alpha_of)  # distillation from π_dpo itself has no base
+    base = lm_of("reverse_dpo" if args.reward == "contrastive" else "reference")
+    return Teacher(dpo, base, dpo if args.reward == "contrastive" else base, alpha_of)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -619,6 +676,11 @@ class Args:
     r: Optional[float] = setting(None, "scale of the adaptive α_t = r·TVD_t + ε (30 on-policy, 20 off-policy)")
     eps: float = setting(1e-3, "ε, the least α_t")
     off_policy: bool = setting(False, "distil on the chosen responses (Eq. 19), not on the policy's own (Eq. 18)")
+    signal: Literal["distribution", "token", "sequence"] = setting(
+        "distribution",
+        "what of each state trains the policy: the teacher's whole distribution, or the sampled token's reward, or the whole "
+        "response's reward",
+    )
     init_from: Literal["reference", "dpo"] = setting("reference", "where the policy starts")
     # optimisation
     sft_learning_rate: float = setting(1e-5, "peak learning rate of SFT")
@@ -656,9 +718,7 @@ DEMO = dict(
 )  # fmt: skip
 FREE_SETTINGS = ("output_dir", "overwrite", "save_steps", "logging_steps")  # a run may go on with others of these
 # what a run leaves; config.json last, so that an --overwrite killed half-way is still known for a run
-OUTPUTS = (
-    "sft dpo reverse_dpo policy checkpoint.pt reference_logps.pt metrics.jsonl samples.json results.json config.json"
-)
+OUTPUTS = "sft dpo reverse_dpo policy checkpoint.pt reference_logps.pt metrics.jsonl samples.json report.html results.json config.json"
 
 
 class BadInput(Exception):
@@ -697,6 +757,8 @@ def check_settings(args: Args) -> None:
         raise BadInput(f"--alpha is {args.alpha!r}: it must be 'adaptive' or a number of at least 0")
     if args.alpha != "adaptive" and float(args.alpha) == 0 and args.reward == "vanilla":
         raise BadInput("--alpha 0 --reward vanilla would distil the reference into itself: use --reward contrastive")
+    if args.signal != "distribution" and args.off_policy:
+        raise BadInput(f"--signal {args.signal} needs the policy's own samples: leave out --off_policy")
     if args.model == "demo" and args.dataset != "demo":
         raise BadInput(f"--model demo only knows the words of the demo: give a --model for --dataset {args.dataset}")
 
@@ -975,6 +1037,13 @@ def demo_records(n: int, seed: int) -> list:
     return records
 
 
+def true_rewards_of(run: "Run", tokens: list) -> list:
+    """The true rewards of token ids in the demo, where a word is a token; elsewhere nothing is known: []."""
+    if run.args.dataset != "demo" or run.tokenizer.get_vocab() != demo_tokenizer().get_vocab():
+        return []
+    return true_token_rewards(run.tokenizer.convert_ids_to_tokens(list(tokens)))
+
+
 def demo_tokenizer() -> PreTrainedTokenizerFast:
     """One token a word of the demo world."""
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *DEMO_WORDS])}
@@ -997,15 +1066,16 @@ def demo_model(seed: int):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def pair_logps(run: "Run", lm: LM, pairs: list, title: str) -> Tensor:
-    """log π of the chosen and the rejected response of every pair: (n, 2), float32 on the CPU."""
+def pair_logps(run: "Run", lm: LM, pairs: list, title: str) -> list:
+    """log π of every token of every pair: [(chosen (|y_w|,), rejected (|y_l|,)), ...], float32 on the CPU."""
     examples = [[pair.chosen, pair.rejected] for pair in pairs[run.rank :: run.world]]
-    logps = torch.zeros(len(pairs), 2, device=run.device)
+    logps = [None] * len(examples)
     for group, batch in batches(examples, run, title):
         with run.autocast():
-            both = response_logps(lm, batch)
-        logps[[run.rank + i * run.world for i in group]] = both.view(2, -1).T
-    return run.total(logps).cpu()
+            parts = state_logps(lm, batch, lm.hidden(batch)).cpu().split(batch.lengths.tolist())
+        for i, chosen, rejected in zip(group, parts, parts[len(group) :]):
+            logps[i] = (chosen.clone(), rejected.clone())  # not views that keep the whole batch alive
+    return run.gather(logps)
 
 
 def add_reference_logps(run: "Run", reference: str, pairs: list) -> None:
@@ -1013,7 +1083,8 @@ def add_reference_logps(run: "Run", reference: str, pairs: list) -> None:
     path = run.out / "reference_logps.pt"
     if not path.exists():
         logps = pair_logps(run, load_lm(reference, run), pairs, "reference logps")
-        write_aside(run, path, lambda aside: torch.save(logps, aside))
+        sums = torch.tensor([[chosen.sum(), rejected.sum()] for chosen, rejected in logps])
+        write_aside(run, path, lambda aside: torch.save(sums, aside))
     for pair, (chosen, rejected) in zip(pairs, torch.load(path, weights_only=True).tolist(), strict=True):
         pair.chosen.ref_logps, pair.rejected.ref_logps = chosen, rejected
 
@@ -1026,13 +1097,31 @@ def accuracy_interval(margins: Tensor) -> dict:
     return {"accuracy": p, "low": max(0.0, low), "high": min(1.0, high)}
 
 
+def token_agreement(rewards: Tensor, truth: Tensor) -> dict:
+    """How well token rewards (n,) order tokens as their true rewards (n,) do.
+
+    `rank_correlation` is Spearman's, over all tokens; `auc` the chance that a token of positive true reward gets more
+    than one of negative true reward.
+    """
+
+    def ranks(values):  # equal values share the mean of their ranks
+        _, group, sizes = values.unique(return_inverse=True, return_counts=True)
+        return (sizes.cumsum(0) - (sizes - 1) / 2)[group]
+
+    correlation = torch.corrcoef(torch.stack([ranks(rewards), ranks(truth)]))[0, 1]
+    good, bad = rewards[truth > 0], rewards[truth < 0]
+    above = ranks(torch.cat([good, bad]))[: len(good)].sum() - len(good) * (len(good) + 1) / 2
+    return {"rank_correlation": correlation.item(), "auc": (above / (len(good) * len(bad))).item()}
+
+
 @torch.no_grad()
 def evaluate(run: "Run", folders: dict, test_pairs: list) -> dict:
-    """Compare π_ref, π_dpo, π_dpo⁻ and the policy, given as folders; write samples.json, then results.json.
+    """Compare π_ref, π_dpo, π_dpo⁻ and the policy, given as folders; write samples.json, report.html and results.json.
 
     `models` holds means over each model's own responses to held-out prompts (see `sample_and_score`) and, in the demo,
     the win rate against π_ref's. `reward_accuracy` is the share of held-out pairs in which a reward prefers the chosen
-    response: log π_dpo/π_ref (dpo), log π_ref/π_dpo⁻ (reverse), and their sum log π_dpo/π_dpo⁻ (contrastive).
+    response: log π_dpo/π_ref (dpo), log π_ref/π_dpo⁻ (reverse), and their sum log π_dpo/π_dpo⁻ (contrastive). In the
+    demo it also says what the true reward itself would score (oracle), and how each reward's tokens agree with it.
     """
     path = run.out / "results.json"
     if path.exists():
@@ -1041,11 +1130,23 @@ def evaluate(run: "Run", folders: dict, test_pairs: list) -> dict:
     lms = {name: load_lm(folder, run) for name, folder in folders.items()}
     names = ("reference", "dpo", "reverse_dpo")
     reference, dpo, reverse = (pair_logps(run, lms[name], test_pairs, f"held-out pairs, {name}") for name in names)
-    accuracy = {"n": len(test_pairs)}
     rewards = {"dpo": (dpo, reference), "reverse": (reference, reverse), "contrastive": (dpo, reverse)}
+    accuracy = {"n": len(test_pairs)}
+    truth = [[true_rewards_of(run, y.tokens) for y in (pair.chosen, pair.rejected)] for pair in test_pairs]
     for name, (logps, base) in rewards.items():
-        chosen, rejected = implicit_reward(logps, base, run.args.beta).unbind(-1)
-        accuracy[name] = accuracy_interval(chosen - rejected)
+        token_rewards = [
+            [implicit_reward(a, b, run.args.beta) for a, b in zip(*both)] for both in zip(logps, base, strict=True)
+        ]
+        accuracy[name] = accuracy_interval(torch.stack([w.sum() - l.sum() for w, l in token_rewards]))
+        if truth[0][0]:
+            flat = torch.cat([tokens for pair in token_rewards for tokens in pair])
+            accuracy[name] |= token_agreement(flat, torch.tensor([x for pair in truth for y in pair for x in y]))
+    if run.args.dataset == "demo":
+        words = [
+            [run.tokenizer.decode(y.tokens, skip_special_tokens=True) for y in (p.chosen, p.rejected)]
+            for p in test_pairs
+        ]
+        accuracy["oracle"] = accuracy_interval(torch.tensor([true_reward(w) - true_reward(l) for w, l in words]))
 
     samples = {name: sample_and_score(run, name, lms, test_pairs[: run.args.eval_prompts]) for name in lms}
     mean = lambda values: sum(values) / len(values)
@@ -1056,9 +1157,13 @@ def evaluate(run: "Run", folders: dict, test_pairs: list) -> dict:
         scores[name] = {column: mean([row[column] for row in rows]) for column in columns}
         if "true_reward" in columns:
             scores[name]["win_rate"] = mean([beats(row, other) for row, other in zip(rows, samples["reference"])])
+    results = {"models": scores, "reward_accuracy": accuracy}
     write_json(run, run.out / "samples.json", [row for rows in samples.values() for row in rows])
-    write_json(run, path, {"models": scores, "reward_accuracy": accuracy})
-    return {"models": scores, "reward_accuracy": accuracy}
+    if run.rank == 0:
+        page = report_html(run, results, samples, lms, test_pairs)
+    write_aside(run, run.out / "report.html", lambda aside: aside.write_text(page, encoding="utf-8"))
+    write_json(run, path, results)
+    return results
 
 
 def sample_and_score(run: "Run", name: str, lms: dict, pairs: list) -> list:
@@ -1087,12 +1192,12 @@ def sample_and_score(run: "Run", name: str, lms: dict, pairs: list) -> list:
         for i, part in zip(group, measured.cpu().split(batch.lengths.tolist())):
             scored[i] = part
     for pair, response, (rewards, kl, entropies) in zip(mine, responses, (part.unbind(-1) for part in scored)):
-        texts = [run.tokenizer.decode(response.tokens[:end]) for end in range(len(response.tokens) + 1)]
         row = {
             "instruction": pair.instruction,
             "output": run.tokenizer.decode(response.tokens, skip_special_tokens=True),
             "generator": name,
-            "tokens": [after[len(before) :] for before, after in pairwise(texts)],
+            "tokens": token_texts(run.tokenizer, response.tokens),
+            "token_ids": list(response.tokens),
             "token_rewards": rewards.tolist(),
             "reward": rewards.sum().item(),
             "kl": kl.sum().item(),
@@ -1103,14 +1208,176 @@ def sample_and_score(run: "Run", name: str, lms: dict, pairs: list) -> list:
     return run.gather(rows)
 
 
+def token_texts(tokenizer, tokens: list) -> list:
+    """What each token adds to the text; a character made of several tokens is shown at its last one."""
+    texts = [tokenizer.decode(tokens[:end]) for end in range(len(tokens) + 1)]
+    return [after[len(before) :] for before, after in pairwise(texts)]
+
+
+def printable(text: str) -> str:
+    """Text with control characters spelled out, so that a model cannot drive the terminal that shows it."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def shade(tokens: list, rewards: list, colour: bool) -> str:
     """Tokens as one line for a terminal, on green where r_ctr is positive and on red where it is negative."""
-    texts = ["".join(c if c.isprintable() else repr(c)[1:-1] for c in token) for token in tokens]
+    texts = [*map(printable, tokens)]
     if not colour:
         return "".join(texts)
     shades, top = {True: (194, 157, 120, 83, 46), False: (224, 217, 210, 203, 196)}, max(1e-9, *map(abs, rewards))
     pick = lambda reward: shades[reward > 0][min(4, int(5 * abs(reward) / top))]  # of ANSI's 256, from pale to full
     return "".join(f"\x1b[30;48;5;{pick(reward)}m{text}\x1b[0m" for text, reward in zip(texts, rewards))
+
+
+def shade_html(tokens: list, rewards: list, notes=(), beneath=(), top=None) -> str:
+    """Tokens as HTML, shaded green for a positive and red for a negative reward, fully at ±`top` (their largest).
+
+    `notes` (texts of several lines) open on hover or tap, `beneath` (numbers) stand under the tokens. For a page that
+    holds REPORT_STYLE. All text is escaped.
+    """
+    top, spans = top or max(1e-9, *map(abs, rewards)), []
+    for token, reward, note, number in zip_longest(tokens, rewards, notes, beneath):
+        green_or_red = "46,160,67" if reward > 0 else "218,54,51"
+        style = f"background:rgba({green_or_red},{min(1.0, abs(reward) / top):.2f})"
+        under = "" if number is None else f"<sub>{number:+g}</sub>" if number else "<sub></sub>"
+        tip = f'<span class="tip">{html.escape(note)}</span>' if note else ""
+        text = html.escape(printable(token)) + under + tip
+        spans.append(f'<span class="t{" two" if under else ""}" tabindex="0" style="{style}">{text}</span>')
+    return f'<div class="tokens">{"".join(spans)}</div>'
+
+
+@torch.no_grad()
+def explain(run: "Run", lms: dict, response: Response) -> list:
+    """What the models make of each token of a response, one dict a token: α_t, β_t, r_ctr, the token's probability
+
+    under every model and the teacher (`p`), and the teacher's five likeliest tokens as (text, probability) (`top`).
+    """
+    batch, teacher = collate([[response]], run.pad_id, run.device), make_teacher(run.args, lms.get)
+    with run.autocast():
+        logits = {name: lm.logits(lm.hidden(batch)) for name, lm in lms.items()}
+        *_, logits["teacher"], alpha = teacher.logits(teacher.hidden(batch), slice(None))
+    logps = {name: token_logps(z, batch.targets) for name, z in logits.items()}
+    reward = implicit_reward(logps["dpo"], logps["reverse_dpo"], run.args.beta)
+    columns = torch.stack([alpha, token_beta(alpha, run.args.beta), reward], -1).tolist()
+    probabilities = torch.stack([*logps.values()], -1).exp().tolist()
+    top = [x.tolist() for x in logits["teacher"].softmax(-1).topk(min(5, logits["teacher"].shape[-1]))]
+    return [
+        {
+            **dict(zip(("alpha", "beta_t", "reward"), column)),
+            "p": dict(zip(logps, p)),
+            "top": [(run.tokenizer.decode([i]), best) for best, i in zip(values, ids)],
+        }
+        for column, p, values, ids in zip(columns, probabilities, *top)
+    ]
+
+
+REPORT_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1100px; padding: 1rem 1.2rem 9rem; color: #1f2328 }
+h1 { font-size: 1.5rem; margin: .5rem 0 }
+h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; border-bottom: 1px solid #d0d7de }
+h3 { font-size: 1rem; margin: 1.2rem 0 .2rem }
+p { color: #59636e; margin: .4rem 0 }
+.scroll { overflow-x: auto } table { border-collapse: collapse; margin: .5rem 0; font-variant-numeric: tabular-nums }
+td, th { padding: .15rem .7rem; text-align: right; white-space: nowrap }
+td:first-child, th:first-child { text-align: left; padding-left: 0 } tr + tr td { border-top: 1px solid #eaeef2 }
+.curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(170px, 1fr)); gap: .5rem }
+.curves svg { width: 100%; height: auto }
+.answer { display: grid; grid-template-columns: 6.5rem 1fr; gap: 0 .8rem; margin: .35rem 0 } .name { font-weight: 600 }
+.tokens { line-height: 1.7; overflow-wrap: anywhere } .t { white-space: pre-wrap; border-radius: 3px; cursor: default }
+.t:hover, .t:focus { outline: 1px solid #1f2328 } .t.two { display: inline-block; vertical-align: top; text-align: center }
+.t sub { display: block; font-size: .7em; line-height: 1.2; min-height: 1.2em; color: #59636e; background: #fff }
+.tip { display: none; position: fixed; inset: auto 0 0 0; background: #1f2328; color: #fff; padding: .6rem 1.2rem;
+  white-space: pre-wrap; text-align: left; font-size: .9rem; z-index: 9 }
+.t:hover .tip, .t:focus .tip { display: block }
+@media (max-width: 600px) { .answer { grid-template-columns: 1fr } }
+"""
+CURVES = {
+    "loss": "loss", "accuracy": "accuracy in the batch", "margin": "reward margin", "reward": "reward of a response",
+    "kl": "KL to the teacher, nats/token", "alpha": "α, mean over tokens", "length": "length, tokens",
+    "true_reward": "true reward",
+}  # fmt: skip
+
+
+def curve(steps: list, values: list, title: str) -> str:
+    """One small chart as SVG: the values, and over them the mean of their neighbours."""
+    near = max(1, len(values) // 40)
+    around = [values[max(0, i - near) : i + near + 1] for i in range(len(values))]
+    means = [sum(part) / len(part) for part in around]
+    figure = Figure(figsize=(3.2, 1.9), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(steps, values, color="#9ec5fe", linewidth=0.8)
+    axes.plot(steps, means, color="#0a58ca", linewidth=1.6)
+    axes.set_title(title, loc="left", fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    drawing = io.StringIO()
+    figure.savefig(drawing, format="svg", transparent=True)
+    return drawing.getvalue()[drawing.getvalue().index("<svg") :]
+
+
+def note_on(state: dict) -> str:
+    """One dict of `explain` as lines to read."""
+    chances = ", ".join(f"{name} {p:.3f}" for name, p in state["p"].items())
+    top = ", ".join(f"{printable(text)!r} {p:.3f}" for text, p in state["top"])
+    return (
+        f"r_ctr {state['reward']:+.3f}, α_t {state['alpha']:.3g}, β_t {state['beta_t']:.3g}\n"
+        f"probability under {chances}\nthe teacher's first: {top}"
+    )
+
+
+def report_html(run: "Run", results: dict, samples: dict, lms: dict, pairs: list) -> str:
+    """The run on one self-contained page: results, shaded responses, curves of every stage, settings."""
+    text = lambda x: f"{x:.3f}" if isinstance(x, float) else html.escape(printable(str(x)))
+
+    def table(head, rows):
+        lines = ["".join(f"<th>{text(x)}</th>" for x in head)]
+        lines += ["".join(f"<td>{text(x)}</td>" for x in row) for row in rows]
+        return '<div class="scroll"><table><tr>' + "</tr><tr>".join(lines) + "</tr></table></div>"
+
+    def responses(i):
+        for name, rows in samples.items():
+            notes = [
+                note_on(state) for state in explain(run, lms, Response(pairs[i].chosen.prompt, rows[i]["token_ids"]))
+            ]
+            truth = true_rewards_of(run, rows[i]["token_ids"])
+            tokens = shade_html(rows[i]["tokens"], rows[i]["token_rewards"], notes, truth, top)
+            yield f'<div class="answer"><span class="name">{name}</span>{tokens}</div>'
+
+    def curves(lines):
+        steps = [line["step"] for line in lines]
+        for name in (name for name in CURVES if name in lines[0]):
+            yield curve(steps, [line[name] for line in lines], CURVES[name])
+
+    title = f"AlignDistil: {Path(run.args.model).name} on {Path(run.args.dataset).name}"
+    scores, n = results["models"], results["reward_accuracy"]["n"]
+    accuracy = {name: row for name, row in results["reward_accuracy"].items() if name != "n"}
+    columns = list(accuracy["dpo"])
+    page = [
+        f"<h1>{text(title)}</h1><p>Means over one response of each model to each held-out prompt: reward Σ_t r_ctr, KL from "
+        "the reference in nats a response, length in tokens, entropy in nats a token.</p>",
+        table(["", *scores["policy"]], [[name, *row.values()] for name, row in scores.items()]),
+        f"<p>How often each reward prefers the chosen response of {n} held-out pairs, with a 95 % interval.</p>",
+        table(["", *columns], [[name, *(row.get(column, "") for column in columns)] for name, row in accuracy.items()]),
+        "<h2>Responses</h2><p>Green tokens have a positive reward r_ctr, red ones a negative one; in the demo the true reward "
+        "stands beneath. Point at a token, or tap it, for what the models make of it.</p>",
+    ]
+    shown = range(min(6, len(samples["policy"])))
+    top = max(1e-9, *(abs(reward) for rows in samples.values() for i in shown for reward in rows[i]["token_rewards"]))
+    for i in shown:
+        page += [f"<h3>{text(pairs[i].instruction)}</h3>", *responses(i)]
+    path = run.out / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    for stage, mine in groupby(lines, key=lambda line: line["stage"]):
+        page.append(f'<h2>Training: {stage}</h2><div class="curves">{"".join(curves(list(mine)))}</div>')
+    page.append(f"<h2>Settings</h2><details><summary>all</summary>{table([], asdict(run.args).items())}</details>")
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{text(title)}</title>'
+    return "\n".join(
+        [
+            f"<!DOCTYPE html><html lang=en><head>{head}<style>{REPORT_STYLE}</style></head><body>",
+            *page,
+            "</body></html>",
+        ]
+    )
 
 
 def report(run: "Run", results: dict) -> None:

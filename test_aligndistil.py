@@ -160,6 +160,20 @@ def test_gradient_of_reverse_kl_is_the_closed_form():
     assert torch.allclose(policy.grad, logp.exp() * (logp - logq - kl), atol=1e-12)
 
 
+def test_score_function_is_unbiased():
+    """Its gradient, averaged over every possible token with its probability, is that of the whole distribution's KL."""
+    policy, teacher = (random_logits(5, 7) for _ in range(2))
+    policy.requires_grad_()
+    (exact,) = torch.autograd.grad(ad.reverse_kl(policy, teacher).sum(), policy)
+    mean = torch.zeros_like(policy)
+    for v in range(7):
+        token = torch.full((5,), v)
+        logps, target = ad.token_logps(policy, token), ad.token_logps(teacher, token)
+        (gradient,) = torch.autograd.grad(ad.score_function(logps, logps - target).sum(), policy)
+        mean += logps.detach().exp()[:, None] * gradient
+    assert torch.allclose(mean, exact, atol=1e-12)
+
+
 def test_token_logps_and_entropy():
     z, tokens = random_logits(2, 3, 5), torch.tensor([[0, 4, 2], [1, 1, 3]])
     probabilities = z.exp() / z.exp().sum(-1, keepdim=True)
@@ -259,6 +273,10 @@ def dense_logits(lm, batch):
     return lm.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
 
 
+def response_logps(lm, batch):
+    return ad.response_sums(ad.state_logps(lm, batch, lm.hidden(batch)), batch)
+
+
 def response_mask(batch):
     mask = torch.zeros(batch.input_ids.numel(), dtype=torch.bool)
     mask[batch.states] = True
@@ -283,7 +301,7 @@ def test_chunks_equal_the_dense_loss_and_gradients(head):
     teacher = ad.teacher_logits(everything[1], everything[1], everything[2], alpha)
     dense = ad.distillation_loss(everything[0], teacher, 0.1 / alpha, mask)
     dense_gradients = gradients(policy, dense)
-    loss, watched = ad.distillation_batch_loss(policy, batch, dpo, rev, "contrastive", alpha_of, 0.1)
+    loss, watched = ad.distillation_batch_loss(policy, batch, ad.Teacher(dpo, rev, dpo, alpha_of), 0.1)
     assert (loss / 4).item() == pytest.approx(dense.item(), rel=1e-6)
     assert_same_gradients(gradients(policy, loss / 4), dense_gradients, 1e-6)
     assert all(p.grad is None for lm in (dpo, rev) for p in lm.parameters()), "teachers are not trained"
@@ -292,12 +310,14 @@ def test_chunks_equal_the_dense_loss_and_gradients(head):
     assert watched["beta_t"].item() == pytest.approx(mean(0.1 / alpha), rel=1e-5)
     assert watched["kl"].item() == pytest.approx(mean(ad.reverse_kl(everything[0], teacher)), rel=1e-5)
 
-    logps = torch.zeros(4).double()
     targets = batch.input_ids.roll(-1, 1)
+    ratio = sum(sign * ad.token_logps(z.double(), targets) for sign, z in ((0.1, everything[1]), (-0.1, everything[2])))
+    assert watched["reward"].item() == pytest.approx((ratio * mask).sum().item(), rel=1e-5)
+
     dense_token = ad.token_logps(dense_logits(policy, batch).double(), targets)
     logps = (dense_token * mask).sum(-1)
     nll = (-(dense_token * mask).sum(-1) / mask.sum(-1)).sum()
-    assert torch.allclose(ad.response_logps(policy, batch).double(), logps.detach(), rtol=1e-6)
+    assert torch.allclose(response_logps(policy, batch).double(), logps.detach(), rtol=1e-6)
     dense_gradients = gradients(policy, nll)
     loss, _ = ad.sft_batch_loss(policy, batch)
     assert loss.item() == pytest.approx(nll.item(), rel=1e-6)
@@ -315,14 +335,35 @@ def test_chunks_equal_the_dense_loss_and_gradients(head):
     assert watched["accuracy"].item() == (margins > 0).sum().item()
 
 
+@pytest.mark.parametrize("signal", ["token", "sequence"])
+def test_scalar_signals_equal_the_dense_score_function(signal):
+    """The gradient of Σ_t k_t·log π_θ(y_t)/|y|, or of Σ_t (Σ k)·log π_θ(y_t)/|y|; what is watched stays the same."""
+    policy, dpo, rev = (tiny_lm(seed) for seed in range(3))
+    batch = ad.collate([[response] for response in random_responses(SIZES)], pad_id=0)
+    teacher = ad.Teacher(dpo, rev, dpo, partial(ad.adaptive_alpha, r=6.0))
+    mask, (p, d, v) = response_mask(batch), [dense_logits(lm, batch) for lm in (policy, dpo, rev)]
+    alpha = ad.adaptive_alpha(d, v, 6.0)
+    targets = batch.input_ids.roll(-1, 1)
+    logps = ad.token_logps(p, targets)
+    k = (0.1 / alpha * (logps - ad.token_logps(ad.teacher_logits(d, d, v, alpha), targets)) * mask).detach()
+    k = k if signal == "token" else k.sum(-1, keepdim=True)
+    expected = gradients(policy, ((k * logps * mask).sum(-1) / mask.sum(-1)).sum())
+    loss, watched = ad.distillation_batch_loss(policy, batch, teacher, 0.1, signal)
+    assert_same_gradients(gradients(policy, loss), expected, 1e-5)
+    _, same = ad.distillation_batch_loss(policy, batch, teacher, 0.1)
+    for name, value in same.items():
+        assert watched[name].item() == pytest.approx(value.item(), rel=1e-6), name
+
+
 def test_the_two_rewards_and_constant_alpha_pick_the_right_teacher():
     """Wrong model as anchor or base, weight dropped, α = 0 with an infinite weight: each changes one of these numbers."""
     policy, dpo, base = (tiny_lm(seed) for seed in range(3))
     batch = ad.collate([[response] for response in random_responses(SIZES)], pad_id=0)
     mask, (p, d, b) = response_mask(batch), [dense_logits(lm, batch) for lm in (policy, dpo, base)]
     for reward, anchor, alpha in [("contrastive", d, 2.0), ("vanilla", b, 2.0), ("contrastive", d, 0.0)]:
-        constant = lambda dpo_logits, base_logits, alpha=alpha: dpo_logits.new_full(dpo_logits.shape[:-1], alpha)
-        loss, watched = ad.distillation_batch_loss(policy, batch, dpo, base, reward, constant, beta=0.1)
+        args = ad.Args(reward=reward, alpha=str(alpha))
+        lms = {"dpo": dpo, "reverse_dpo": base, "reference": base}
+        loss, watched = ad.distillation_batch_loss(policy, batch, ad.make_teacher(args, lms.get), beta=0.1)
         weight = 0.1 / alpha if alpha else 1.0
         dense = ad.distillation_loss(p, anchor + alpha * (d - b), weight, mask)
         assert (loss / 4).item() == pytest.approx(dense.item(), rel=1e-5)
@@ -336,7 +377,7 @@ def test_no_logits_of_a_whole_batch(monkeypatch):
     monkeypatch.setattr(
         ad.LM, "logits", lambda lm, hidden, own=ad.LM.logits: (seen.append(len(hidden)), own(lm, hidden))[1]
     )
-    ad.distillation_batch_loss(policy, batch, dpo, base, "contrastive", partial(ad.adaptive_alpha, r=6.0), 0.1)
+    ad.distillation_batch_loss(policy, batch, ad.Teacher(dpo, base, dpo, partial(ad.adaptive_alpha, r=6.0)), 0.1)
     assert max(seen) == 5 and sum(seen) == 3 * sum(y for _, y in SIZES)
 
 
@@ -350,7 +391,7 @@ def test_micro_batches_leave_loss_and_gradient_unchanged():
         "sft": (ad.sft_batch_loss, [[response] for response in responses]),
         "dpo": (partial(ad.dpo_batch_loss, beta=0.1), list(zip(responses[:3], responses[3:]))),
         "distillation": (
-            partial(ad.distillation_batch_loss, dpo=dpo, base=base, reward="contrastive", alpha_of=alpha_of, beta=0.1),
+            partial(ad.distillation_batch_loss, teacher=ad.Teacher(dpo, base, dpo, alpha_of), beta=0.1),
             [[response] for response in responses],
         ),
     }
@@ -427,8 +468,8 @@ def test_a_pad_id_that_is_the_end_token_hides_nothing():
     end = 9
     responses = [[ad.Response([1, end, 2], [3, end])], [ad.Response([4], [5, 6, 7, 8, end])]]
     lm = tiny_lm()
-    padded = ad.response_logps(lm, ad.collate(responses, pad_id=end))
-    alone = torch.cat([ad.response_logps(lm, ad.collate([response], pad_id=0)) for response in responses])
+    padded = response_logps(lm, ad.collate(responses, pad_id=end))
+    alone = torch.cat([response_logps(lm, ad.collate([response], pad_id=0)) for response in responses])
     assert torch.allclose(padded, alone, rtol=1e-5)
     assert ad.collate(responses, pad_id=end).targets.tolist().count(end) == 2
 
@@ -553,6 +594,45 @@ def test_wilson_interval():
     row = ad.accuracy_interval(torch.tensor([1.0] * 8 + [-1.0] * 2))
     assert (row["accuracy"], row["low"], row["high"]) == pytest.approx((0.8, 0.4902, 0.9433), abs=1e-4)
     assert ad.accuracy_interval(torch.tensor([0.0, 0.0]))["accuracy"] == 0, "a tie is no preference"
+
+
+def test_token_agreement_against_pandas_and_by_counting():
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randint(-2, 3, (200,), generator=generator) / 2
+    rewards = (truth + 2 * torch.randn(200, generator=generator)).round(decimals=1)  # with ties
+    found = ad.token_agreement(rewards, truth)
+    table = pd.DataFrame({"rewards": rewards, "truth": truth})
+    assert found["rank_correlation"] == pytest.approx(table.corr("spearman").iloc[0, 1], abs=1e-6)
+    good, bad = rewards[truth > 0], rewards[truth < 0]
+    wins = (good[:, None] > bad).float() + 0.5 * (good[:, None] == bad)
+    assert found["auc"] == pytest.approx(wins.mean().item(), abs=1e-6)
+
+
+def test_explain_against_dense_logits():
+    lms = {name: tiny_lm(seed) for seed, name in enumerate(("reference", "dpo", "reverse_dpo", "policy"))}
+    run = tiny_run(beta=0.3, r=2.0)
+    run.tokenizer = ad.demo_tokenizer()
+    response = random_responses([(3, 4)])[0]
+    states = ad.explain(run, lms, response)
+    batch = ad.collate([[response]], 0)
+    z = {name: dense_logits(lm, batch)[0, 2:6].detach() for name, lm in lms.items()}
+    alpha = ad.adaptive_alpha(z["dpo"], z["reverse_dpo"], 2.0)
+    z["teacher"] = ad.teacher_logits(z["dpo"], z["dpo"], z["reverse_dpo"], alpha)
+    for t, state in enumerate(states):
+        assert state["alpha"] == pytest.approx(alpha[t].item(), rel=1e-4)
+        assert state["beta_t"] == pytest.approx(0.3 / alpha[t].item(), rel=1e-4)
+        p = {name: logits[t].softmax(-1) for name, logits in z.items()}
+        y = response.tokens[t]
+        assert state["p"] == pytest.approx({name: x[y].item() for name, x in p.items()}, rel=1e-3)
+        assert state["reward"] == pytest.approx(0.3 * (p["dpo"][y] / p["reverse_dpo"][y]).log().item(), abs=1e-4)
+        assert [chance for _, chance in state["top"]] == pytest.approx(p["teacher"].sort().values[-5:].flip(0).tolist())
+        assert state["top"][0][0] == run.tokenizer.decode([p["teacher"].argmax().item()])
+
+
+def test_html_is_escaped_and_shaded():
+    shown = ad.shade_html(["<b>", "a\x1b"], [0.5, -1.0], ["<i>note", "second"], [2.0, 0.0])
+    assert "&lt;b&gt;" in shown and "&lt;i&gt;note" in shown and "<b>" not in shown and "\x1b" not in shown
+    assert "rgba(46,160,67,0.50)" in shown and "rgba(218,54,51,1.00)" in shown and "<sub>+2</sub>" in shown
 
 
 def test_scores_of_samples_by_hand():
@@ -1072,7 +1152,7 @@ def test_what_a_run_leaves(uninterrupted, prepared):
         assert results["models"]["reference"]["kl"] == pytest.approx(0, abs=1e-5)
         assert results["models"]["policy"]["kl"] > (1e-3 if columns else -1e-5)
         accuracy = results["reward_accuracy"]
-        assert accuracy.keys() == {"dpo", "reverse", "contrastive", "n"}
+        assert accuracy.keys() == {"dpo", "reverse", "contrastive", "n"} | ({"oracle"} if columns else set())
         for name in ("dpo", "reverse", "contrastive"):
             row = accuracy[name]
             assert 0 <= row["low"] <= row["accuracy"] + 1e-9 and row["accuracy"] <= row["high"] + 1e-9 <= 1 + 1e-9
@@ -1217,11 +1297,11 @@ def gradients_of_rank(rank: int, world: int, folder: Path) -> None:
     pairs = [[ad.Response(prompt, some(), draw.uniform(-9, 0)) for _ in "12"] for prompt in prompts]
     chosen = [[pair[0]] for pair in pairs]
     dpo, base = (ad.LM(ad.demo_model(seed)).requires_grad_(False) for seed in (1, 2))
-    distill = partial(ad.distillation_batch_loss, dpo=dpo, base=base, reward="contrastive", beta=0.1)
+    teacher = ad.Teacher(dpo, base, dpo, partial(ad.adaptive_alpha, r=4.0))
     cases = {
         "sft": (chosen, ad.sft_batch_loss),
         "dpo": (pairs, partial(ad.dpo_batch_loss, beta=0.1)),
-        "distill": (chosen, partial(distill, alpha_of=partial(ad.adaptive_alpha, r=4.0))),
+        "distill": (chosen, partial(ad.distillation_batch_loss, teacher=teacher, beta=0.1)),
     }
     found = {}
     for name, (examples, loss_of) in cases.items():
@@ -1339,10 +1419,8 @@ def benchmark(argv=None):
     single, pairs = [[response] for response in responses], list(zip(responses[::2], responses[1::2]))
     alone, paired = ad.collate(single, 0, device), ad.collate(pairs, 0, device)
     mask = response_mask(alone).to(device)
-    alpha_of = partial(ad.adaptive_alpha, r=20.0)
-    distillation = partial(
-        ad.distillation_batch_loss, dpo=dpo, base=rev, reward="contrastive", alpha_of=alpha_of, beta=0.1
-    )
+    teacher = ad.Teacher(dpo, rev, dpo, partial(ad.adaptive_alpha, r=20.0))
+    distillation = partial(ad.distillation_batch_loss, teacher=teacher, beta=0.1)
     ours = lambda examples, loss_of: ad.accumulate_gradient(policy, examples, loss_of, len(examples), run)
     work = {
         "distillation": {
