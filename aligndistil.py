@@ -12,17 +12,19 @@ that maximises this reward under a KL penalty; how far depends on how much they 
 from that teacher on its own samples.
 
     1  The mathematics              pure functions, Eq. 4 to 19
-    2  A language model taken apart hidden states first, the vocabulary a chunk of states at a time
-    3  The loss of each stage       SFT, DPO, AlignDistil
-    4  Sampling                     responses of the policy itself
-    5  The training loop            one for all stages
-    6  The algorithm                the stages in order
+    2  The loss of each stage       SFT, DPO, AlignDistil
+    3  The algorithm                the stages in order
+    4  The training loop            one for all stages
+    5  Sampling                     responses of the policy itself
+    6  A language model taken apart hidden states first, then the vocabulary, a chunk of states at a time
     7  Settings                     the command line, the paper's values and the demo's
     8  Data                         every preference format, down to token ids
     9  The demo world               reviews whose true token rewards are known
     10 Evaluation and report        what the policy gained, and what it paid in KL
     11 Files, checks and the command line
 """
+
+from __future__ import annotations
 
 import array
 import contextlib
@@ -46,7 +48,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby, pairwise, zip_longest
 from pathlib import Path
-from typing import Literal, Optional
+from typing import Literal
 
 import datasets
 import huggingface_hub
@@ -160,7 +162,336 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 2  A language model taken apart. Logits over the vocabulary are what costs memory (50,257 numbers a state for GPT-2
+# 2  The loss of each stage. Each maps (policy, batch) to the *sum* of the loss over the batch's examples (responses, or
+#    pairs) and a dict of such sums to watch; the loop divides by the whole optimisation batch's number of examples, so
+#    neither micro-batches nor ranks change the loss. A loss says what a chunk of response states is worth, from
+#    `policy.logits(hidden states)`; `sum_in_chunks` (section 6) adds the chunks up and makes the gradient.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def state_logps(lm: LM, batch: Batch, hidden: Tensor) -> Tensor:
+    """log π(y_t|s_t) at every response state, (N,), from hidden = lm.hidden(batch). No gradient."""
+    return in_chunks(lambda chunk, rows: token_logps(lm.logits(chunk), batch.targets[rows]), hidden, lm.chunk_size)
+
+
+def sft_batch_loss(policy: LM, batch: Batch) -> tuple:
+    """Negative log-likelihood per response token, mean over each response, summed over responses."""
+
+    def values(chunk, rows):
+        nll = -token_logps(policy.logits(chunk), batch.targets[rows])
+        return (nll / batch.lengths[batch.row[rows]])[:, None]
+
+    loss, _ = sum_in_chunks(values, policy.hidden(batch), policy)
+    return loss, {"loss": loss.detach()}
+
+
+def dpo_batch_loss(policy: LM, batch: Batch, beta: float) -> tuple:
+    """Eq. 4, summed over pairs. The batch holds the chosen responses, then the rejected ones in the same order.
+
+    The loss is no sum over states, but its gradient is: Σ_t (∂L/∂log π(y|x))·∇log π(y_t|s_t). So the head runs once for
+    the responses' log-probabilities, and once more, chunk by chunk, for the gradient with these slopes.
+    """
+    hidden = policy.hidden(batch)
+    logps = response_sums(state_logps(policy, batch, hidden), batch).requires_grad_()
+    chosen, rejected = logps.chunk(2)
+    ref_chosen, ref_rejected = batch.ref_logps.chunk(2)
+    losses = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta)
+    (slopes,) = torch.autograd.grad(losses.sum(), logps)
+
+    def values(chunk, rows):
+        return (slopes[batch.row[rows]] * token_logps(policy.logits(chunk), batch.targets[rows]))[:, None]
+
+    surrogate, _ = sum_in_chunks(values, hidden, policy)
+    loss = losses.sum().detach() + surrogate - surrogate.detach()  # the value of one, the gradient of the other
+    margins = (implicit_reward(chosen, ref_chosen, beta) - implicit_reward(rejected, ref_rejected, beta)).detach()
+    return loss, {"loss": loss.detach(), "accuracy": (margins > 0).float().sum(), "margin": margins.sum()}
+
+
+@dataclass
+class Teacher:
+    """π* = softmax(z_anchor + α·(z_dpo − z_base)) from two frozen models, one of which is the anchor."""
+
+    dpo: LM
+    base: LM  # the reverse model, or the reference for the vanilla teacher
+    anchor: LM
+    alpha_of: Callable  # (dpo_logits, base_logits), (n, V) each → α (n,): how far to extrapolate; Eq. 16, or a constant
+
+    def hidden(self, batch: Batch) -> tuple:
+        """The hidden states of π_dpo and of the base, (N, hidden size) each; one pass if they are the same model."""
+        dpo_hidden = self.dpo.hidden(batch)
+        return dpo_hidden, dpo_hidden if self.base is self.dpo else self.base.hidden(batch)
+
+    def logits(self, hidden: tuple, rows: slice) -> tuple:
+        """z_dpo, z_base, z* (n, V) and α (n,) at the states hidden[rows]."""
+        dpo_logits, base_logits = self.dpo.logits(hidden[0][rows]), self.base.logits(hidden[1][rows])
+        alpha = self.alpha_of(dpo_logits, base_logits)
+        anchor_logits = dpo_logits if self.anchor is self.dpo else base_logits
+        return dpo_logits, base_logits, teacher_logits(anchor_logits, dpo_logits, base_logits, alpha), alpha
+
+
+def distillation_batch_loss(policy: LM, batch: Batch, teacher: Teacher, beta: float, signal="distribution") -> tuple:
+    """Eq. 18 and 19, summed over responses: 1/|y| Σ_t β_t·KL(π_θ ‖ π*) with β_t = β0/α_t.
+
+    `signal` says where the gradient comes from: the whole "distribution" at each state, exactly; the sampled "token",
+    by the score function with k_t = β_t·(log π_θ − log π*)(y_t); or the "sequence", whose total Σ_t k_t goes to each of
+    its tokens. The last two are for the policy's own responses only. All three watch the same: the loss; α, β_t and the
+    KL to the teacher, means over states; and the response's reward, β0·Σ_t (log π_dpo − log π_base)(y_t).
+    """
+    with torch.no_grad():  # launched before the policy's own pass, so that on two devices they overlap
+        teacher_hidden = teacher.hidden(batch)
+    hidden = policy.hidden(batch)
+
+    def values(chunk, rows, totals=None):
+        tokens, lengths = batch.targets[rows], batch.lengths[batch.row[rows]]
+        with torch.no_grad():  # neither the teacher nor α_t is trained
+            dpo_logits, base_logits, z, alpha = teacher.logits(teacher_hidden, rows)
+            beta_t = token_beta(alpha, beta)
+            reward = implicit_reward(token_logps(dpo_logits, tokens), token_logps(base_logits, tokens), beta)
+        logits = policy.logits(chunk)
+        kl, own = reverse_kl(logits, z), torch.zeros_like(alpha)
+        loss = surrogate = beta_t * kl
+        if signal != "distribution":
+            logps = token_logps(logits, tokens)
+            own = beta_t * (logps - token_logps(z, tokens))
+            surrogate = score_function(logps, own if totals is None else totals[batch.row[rows]])
+        means = torch.stack([surrogate, loss, alpha, beta_t, kl, reward * lengths], -1) / lengths[:, None]
+        return torch.cat([means, own[:, None]], -1)
+
+    if signal == "sequence":
+        with torch.no_grad():
+            k = in_chunks(values, hidden, policy.chunk_size)[:, -1]
+        values = functools.partial(values, totals=response_sums(k, batch))
+    surrogate, values = sum_in_chunks(values, hidden, policy)
+    return surrogate, dict(zip(("loss", "alpha", "beta_t", "kl", "reward"), values[:, 1:].sum(0)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3  The algorithm.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def align(args: Args) -> dict:
+    """Run every stage that is not finished yet; leave models, metrics, samples and results in the output folder.
+
+    Returns what results.json holds. Raises BadInput before any training, and before anything is written, if the
+    settings, the models or the data cannot be used.
+    """
+    run, train_pairs, test_pairs = set_up(args)
+    args = run.args  # with every default filled in
+    chosen_only = lambda policy, pairs: ([[pair.chosen] for pair in pairs], {})
+    both = lambda policy, pairs: ([[pair.chosen, pair.rejected] for pair in pairs], {})
+
+    # π_ref: a base model first learns what responses look like
+    reference = args.model
+    if args.sft:
+        settings = (args.sft_learning_rate, args.sft_epochs)
+        reference = train(run, "sft", reference, train_pairs, chosen_only, sft_batch_loss, *settings)
+
+    # π_dpo and π_dpo⁻: the same function on the pairs and on the swapped ones; one pass of the reference serves both
+    def train_dpo(stage, pairs):
+        settings = (args.dpo_learning_rate, args.dpo_epochs)
+        return train(run, stage, reference, pairs, both, functools.partial(dpo_batch_loss, beta=args.beta), *settings)
+
+    if not (args.dpo and args.reverse_dpo):
+        add_reference_logps(run, reference, train_pairs)
+    dpo = args.dpo or train_dpo("dpo", train_pairs)
+    reverse = args.reverse_dpo or train_dpo("reverse_dpo", [pair.swapped() for pair in train_pairs])
+
+    # π_θ: distilled from the extrapolated teacher on its own responses, or on the chosen ones
+    def own_responses(policy, pairs):
+        sampled = sample(policy, [pair.chosen.prompt for pair in pairs], run)
+        watched = {"length": sum(map(len, sampled))}
+        if args.dataset == "demo":
+            texts = run.tokenizer.batch_decode(sampled, skip_special_tokens=True)
+            watched["true_reward"] = sum(map(true_reward, texts))
+        return [[Response(pair.chosen.prompt, tokens)] for pair, tokens in zip(pairs, sampled)], watched
+
+    folders = {"reference": reference, "dpo": dpo, "reverse_dpo": reverse}
+    # loaded at the first step: not at all if the stage is finished
+    teacher = functools.cache(lambda: make_teacher(args, lambda name: load_frozen(folders[name], run)))
+
+    def distill(policy, batch):
+        return distillation_batch_loss(policy, batch, teacher(), args.beta, args.signal)
+
+    start = dpo if args.init_from == "dpo" else reference
+    responses = chosen_only if args.off_policy else own_responses
+    settings = (args.distill_learning_rate, args.distill_epochs)
+    folders["policy"] = train(run, "policy", start, train_pairs, responses, distill, *settings)
+
+    results = evaluate(run, folders, test_pairs)
+    if run.rank == 0:
+        report(run, results)
+    return results
+
+
+def make_teacher(args: Args, lm_of: Callable) -> Teacher:
+    """The teacher that --reward, --alpha, --r and --eps ask for, of lm_of("dpo") and one more such model."""
+
+    def alpha_of(dpo_logits, base_logits):
+        if args.alpha == "adaptive":
+            return adaptive_alpha(dpo_logits, base_logits, args.r, args.eps)
+        return dpo_logits.new_full(dpo_logits.shape[:-1], float(args.alpha))
+
+    dpo = lm_of("dpo")
+    if args.alpha != "adaptive" and float(args.alpha) == 0:
+        return Teacher(dpo, dpo, dpo, alpha_of)  # distillation from π_dpo itself has no base
+    base = lm_of("reverse_dpo" if args.reward == "contrastive" else "reference")
+    return Teacher(dpo, base, dpo if args.reward == "contrastive" else base, alpha_of)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4  The training loop that all stages share. A step is a pure function of the weights, the optimizer and its number:
+#    data order and sampling are seeded by (seed, stage, step, rank), so a checkpoint needs no random states.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def micro_batches(examples: list, tokens: int) -> list:
+    """Indices of `examples`, sorted by length and cut where a micro-batch would pad to more than `tokens` tokens.
+
+    An example is a list of Responses that stay together, as the two of a pair must. One longer than `tokens` is a
+    micro-batch of its own.
+    """
+    width = [max(map(len, example)) for example in examples]
+    groups = []
+    for i in sorted(range(len(examples)), key=lambda i: -width[i]):
+        if groups and (len(groups[-1]) + 1) * len(examples[i]) * width[groups[-1][0]] <= tokens:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+def batches(examples: list, run: Run, title=None):
+    """(indices, Batch on the run's device) of each micro-batch; with a progress bar if it has a title."""
+    groups = micro_batches(examples, run.args.tokens_per_micro_batch)
+    for group in run.bar(groups, title, leave=False) if title else groups:
+        yield group, collate([examples[i] for i in group], run.pad_id, run.device)
+
+
+def accumulate_gradient(policy: nn.Module, examples: list, loss_of: Callable, batch_size: int, run: Run) -> dict:
+    """Gradient of the mean loss over the optimisation batch, of which `examples` are this rank's share.
+
+    Returns this rank's sums of what the loss watches and of tokens, on the device, undivided. `policy` is an LM, or one
+    in DistributedDataParallel, which averages over ranks in the last micro-batch: hence the factor `run.world`.
+    """
+    sums, done = {}, 0
+    for group, batch in batches(examples, run):
+        done += len(group)
+        with contextlib.nullcontext() if run.world == 1 or done == len(examples) else policy.no_sync():
+            with run.autocast():
+                loss, watched = policy(loss_of, batch)
+            (loss * (run.world / batch_size)).backward()
+        for name, value in {**watched, "tokens": batch.attention_mask.sum()}.items():
+            sums[name] = sums.get(name, 0) + value
+    return sums
+
+
+def batch_indices(step: int, n: int, batch_size: int, seed: int) -> list:
+    """The records of one step: a walk, without end, through a seeded permutation of 0..n−1 an epoch."""
+    order = functools.cache(
+        lambda epoch: torch.randperm(n, generator=torch.Generator().manual_seed(seed_of(seed, "order", epoch))).tolist()
+    )
+    return [order(i // n)[i % n] for i in range(step * batch_size, (step + 1) * batch_size)]
+
+
+def train(
+    run: Run, stage: str, start: str, pairs: list, examples_of: Callable, loss_of: Callable, learning_rate: float,
+    epochs: float,
+) -> str:  # fmt: skip
+    """Train a copy of the model `start` (folder or hub id) and return its folder, <output_dir>/<stage>.
+
+    `examples_of(policy, pairs)` makes a step's examples, responses of the data or the policy's own, and a dict of sums
+    to watch of them. AdamW, linear
+    warm-up then linear decay, gradients clipped to `max_grad_norm`. A finished stage is not repeated; one under way
+    goes on from its last checkpoint. Raises BadInput when a loss is not finite.
+    """
+    args, folder = run.args, run.out / stage
+    if folder.exists():
+        run.say(f"{stage}: finished before, in {folder}")
+        return str(folder)
+    policy = load_lm(start, run, args.gradient_checkpointing)
+    parallel = policy if run.world == 1 else DistributedDataParallel(policy, broadcast_buffers=False)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=learning_rate, weight_decay=args.weight_decay, fused=True)
+    batch_size = min(args.batch_size, len(pairs))
+    steps = min(math.ceil(epochs * len(pairs) / batch_size), args.max_steps or sys.maxsize)
+    warmup = math.ceil(args.warmup_ratio * steps)
+    first = load_checkpoint(run, stage, policy.model, optimizer)
+    log = Log(run, stage, batch_size, steps, first)
+    ctrl_c = finish_step_on_ctrl_c()
+    for step in range(first, steps):
+        torch.manual_seed(seed_of(args.seed, stage, step, run.rank))
+        indices = batch_indices(step, len(pairs), batch_size, args.seed)
+        indices = sorted(indices, key=lambda i: len(pairs[i].chosen))[run.rank :: run.world]
+        try:
+            examples, watched = examples_of(policy, [pairs[i] for i in indices])
+        except RuntimeError as error:  # what torch.multinomial says of probabilities that are not finite
+            if "probability tensor" in str(error):
+                log.stop(step, pairs, first_line(error))
+            raise
+        sums = accumulate_gradient(parallel, examples, loss_of, batch_size, run)
+        sums |= {name: torch.tensor(float(value), device=run.device) for name, value in watched.items()}
+
+        schedule = min((step + 1) / warmup if warmup else 1, (steps - step) / max(1, steps - warmup))
+        optimizer.param_groups[0]["lr"] = learning_rate * schedule
+        grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        log.add(step, learning_rate * schedule, grad_norm, sums)
+        save = (step + 1) % args.save_steps == 0 or bool(ctrl_c)
+        if save or step + 1 == steps or (step + 1) % args.logging_steps == 0:
+            log.flush(pairs, policy)  # stops at what is not finite, so it comes before the checkpoint
+        if save:
+            save_checkpoint(run, stage, policy.model, optimizer, step + 1)
+        if ctrl_c:
+            log.bar.close()
+            raise KeyboardInterrupt
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    log.close()
+    save_model(run, policy.model, folder)
+    return str(folder)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5  Sampling, ŷ ~ π_θ(·|x).
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def sample(lm: LM, prompts: list, run: Run) -> list:
+    """One response to each prompt (lists of ids → lists of ids), drawn from the model's own distribution.
+
+    A response keeps its end token; one that the length limit cut has none. Prompts are grouped by length and padded on
+    the left. The random state is torch's global one: seed it to get the same responses.
+    """
+    pure = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=run.args.max_length - run.args.max_prompt_length,
+        eos_token_id=run.stop_ids, pad_token_id=run.pad_id,
+    )  # fmt: skip
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    groups = [order[i : i + run.args.sampling_batch_size] for i in range(0, len(order), run.args.sampling_batch_size)]
+    outputs = [None] * len(prompts)
+    # generate() fills what `pure` leaves unset from the checkpoint's own config (a repetition penalty, say): take it away
+    checkpoint_config, lm.model.generation_config = lm.model.generation_config, pure
+    for group in run.bar(groups, "sampling", leave=False, disable=len(groups) < 2):
+        width = max(len(prompts[i]) for i in group)
+        ids, mask = torch.full((len(group), width), run.pad_id), torch.zeros(len(group), width, dtype=torch.long)
+        for b, i in enumerate(group):
+            ids[b, width - len(prompts[i]) :] = torch.tensor(list(prompts[i]))
+            mask[b, width - len(prompts[i]) :] = 1
+        device = lm.model.device
+        with run.autocast():
+            output = lm.model.generate(ids.to(device), attention_mask=mask.to(device), generation_config=pure)
+        for i, tokens in zip(group, output[:, width:].tolist()):
+            end = next((t for t, token in enumerate(tokens) if token in run.stop_ids), len(tokens))
+            outputs[i] = tokens[: end + 1]
+    lm.model.generation_config = checkpoint_config
+    return outputs
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6  A language model taken apart. Logits over the vocabulary are what costs memory (50,257 numbers a state for GPT-2
 #    against 768 of hidden state), so they are never made for a whole batch: the body runs first, the hidden states of
 #    the response states alone are kept, and the output head and the loss go over them a chunk at a time.
 # ----------------------------------------------------------------------------------------------------------------------
@@ -312,334 +643,6 @@ def response_sums(values: Tensor, batch: Batch) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 3  The loss of each stage. Each maps (policy, batch) to the *sum* of the loss over the batch's examples (responses, or
-#    pairs) and a dict of such sums to watch; the loop divides by the whole optimisation batch's number of examples, so
-#    neither micro-batches nor ranks change the loss.
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def state_logps(lm: LM, batch: Batch, hidden: Tensor) -> Tensor:
-    """log π(y_t|s_t) at every response state, (N,), from hidden = lm.hidden(batch). No gradient."""
-    return in_chunks(lambda chunk, rows: token_logps(lm.logits(chunk), batch.targets[rows]), hidden, lm.chunk_size)
-
-
-def sft_batch_loss(policy: LM, batch: Batch) -> tuple:
-    """Negative log-likelihood per response token, mean over each response, summed over responses."""
-
-    def values(chunk, rows):
-        nll = -token_logps(policy.logits(chunk), batch.targets[rows])
-        return (nll / batch.lengths[batch.row[rows]])[:, None]
-
-    loss, _ = sum_in_chunks(values, policy.hidden(batch), policy)
-    return loss, {"loss": loss.detach()}
-
-
-def dpo_batch_loss(policy: LM, batch: Batch, beta: float) -> tuple:
-    """Eq. 4, summed over pairs. The batch holds the chosen responses, then the rejected ones in the same order.
-
-    The loss is no sum over states, but its gradient is: Σ_t (∂L/∂log π(y|x))·∇log π(y_t|s_t). So the head runs once for
-    the responses' log-probabilities, and once more, chunk by chunk, for the gradient with these slopes.
-    """
-    hidden = policy.hidden(batch)
-    logps = response_sums(state_logps(policy, batch, hidden), batch).requires_grad_()
-    chosen, rejected = logps.chunk(2)
-    ref_chosen, ref_rejected = batch.ref_logps.chunk(2)
-    losses = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta)
-    (slopes,) = torch.autograd.grad(losses.sum(), logps)
-
-    def values(chunk, rows):
-        return (slopes[batch.row[rows]] * token_logps(policy.logits(chunk), batch.targets[rows]))[:, None]
-
-    surrogate, _ = sum_in_chunks(values, hidden, policy)
-    loss = losses.sum().detach() + surrogate - surrogate.detach()  # the value of one, the gradient of the other
-    margins = (implicit_reward(chosen, ref_chosen, beta) - implicit_reward(rejected, ref_rejected, beta)).detach()
-    return loss, {"loss": loss.detach(), "accuracy": (margins > 0).float().sum(), "margin": margins.sum()}
-
-
-@dataclass
-class Teacher:
-    """π* = softmax(z_anchor + α·(z_dpo − z_base)) from two frozen models, one of which is the anchor."""
-
-    dpo: LM
-    base: LM  # the reverse model, or the reference for the vanilla teacher
-    anchor: LM
-    alpha_of: Callable  # (dpo_logits, base_logits), (n, V) each → α (n,): how far to extrapolate; Eq. 16, or a constant
-
-    def hidden(self, batch: Batch) -> tuple:
-        """The hidden states of π_dpo and of the base, (N, hidden size) each; one pass if they are the same model."""
-        dpo_hidden = self.dpo.hidden(batch)
-        return dpo_hidden, dpo_hidden if self.base is self.dpo else self.base.hidden(batch)
-
-    def logits(self, hidden: tuple, rows: slice) -> tuple:
-        """z_dpo, z_base, z* (n, V) and α (n,) at the states hidden[rows]."""
-        dpo_logits, base_logits = self.dpo.logits(hidden[0][rows]), self.base.logits(hidden[1][rows])
-        alpha = self.alpha_of(dpo_logits, base_logits)
-        anchor_logits = dpo_logits if self.anchor is self.dpo else base_logits
-        return dpo_logits, base_logits, teacher_logits(anchor_logits, dpo_logits, base_logits, alpha), alpha
-
-
-def distillation_batch_loss(policy: LM, batch: Batch, teacher: Teacher, beta: float, signal="distribution") -> tuple:
-    """Eq. 18 and 19, summed over responses: 1/|y| Σ_t β_t·KL(π_θ ‖ π*) with β_t = β0/α_t.
-
-    `signal` says where the gradient comes from: the whole "distribution" at each state, exactly; the sampled "token",
-    by the score function with k_t = β_t·(log π_θ − log π*)(y_t); or the "sequence", whose total Σ_t k_t goes to each of
-    its tokens. The last two are for the policy's own responses only. All three watch the same: the loss; α, β_t and the
-    KL to the teacher, means over states; and the response's reward, β0·Σ_t (log π_dpo − log π_base)(y_t).
-    """
-    with torch.no_grad():  # launched before the policy's own pass, so that on two devices they overlap
-        teacher_hidden = teacher.hidden(batch)
-    hidden = policy.hidden(batch)
-
-    def values(chunk, rows, totals=None):
-        tokens, lengths = batch.targets[rows], batch.lengths[batch.row[rows]]
-        with torch.no_grad():  # neither the teacher nor α_t is trained
-            dpo_logits, base_logits, z, alpha = teacher.logits(teacher_hidden, rows)
-            beta_t = token_beta(alpha, beta)
-            reward = implicit_reward(token_logps(dpo_logits, tokens), token_logps(base_logits, tokens), beta)
-        logits = policy.logits(chunk)
-        kl, own = reverse_kl(logits, z), torch.zeros_like(alpha)
-        loss = surrogate = beta_t * kl
-        if signal != "distribution":
-            logps = token_logps(logits, tokens)
-            own = beta_t * (logps - token_logps(z, tokens))
-            surrogate = score_function(logps, own if totals is None else totals[batch.row[rows]])
-        means = torch.stack([surrogate, loss, alpha, beta_t, kl, reward * lengths], -1) / lengths[:, None]
-        return torch.cat([means, own[:, None]], -1)
-
-    if signal == "sequence":
-        with torch.no_grad():
-            k = in_chunks(values, hidden, policy.chunk_size)[:, -1]
-        values = functools.partial(values, totals=response_sums(k, batch))
-    surrogate, values = sum_in_chunks(values, hidden, policy)
-    return surrogate, dict(zip(("loss", "alpha", "beta_t", "kl", "reward"), values[:, 1:].sum(0)))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# 4  Sampling, ŷ ~ π_θ(·|x).
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def sample(lm: LM, prompts: list, run: "Run") -> list:
-    """One response to each prompt (lists of ids → lists of ids), drawn from the model's own distribution.
-
-    A response keeps its end token; one that the length limit cut has none. Prompts are grouped by length and padded on
-    the left. The random state is torch's global one: seed it to get the same responses.
-    """
-    pure = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=run.args.max_length - run.args.max_prompt_length,
-        eos_token_id=run.stop_ids, pad_token_id=run.pad_id,
-    )  # fmt: skip
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    groups = [order[i : i + run.args.sampling_batch_size] for i in range(0, len(order), run.args.sampling_batch_size)]
-    outputs = [None] * len(prompts)
-    # generate() fills what `pure` leaves unset from the checkpoint's own config (a repetition penalty, say): take it away
-    checkpoint_config, lm.model.generation_config = lm.model.generation_config, pure
-    for group in run.bar(groups, "sampling", leave=False, disable=len(groups) < 2):
-        width = max(len(prompts[i]) for i in group)
-        ids, mask = torch.full((len(group), width), run.pad_id), torch.zeros(len(group), width, dtype=torch.long)
-        for b, i in enumerate(group):
-            ids[b, width - len(prompts[i]) :] = torch.tensor(list(prompts[i]))
-            mask[b, width - len(prompts[i]) :] = 1
-        device = lm.model.device
-        with run.autocast():
-            output = lm.model.generate(ids.to(device), attention_mask=mask.to(device), generation_config=pure)
-        for i, tokens in zip(group, output[:, width:].tolist()):
-            end = next((t for t, token in enumerate(tokens) if token in run.stop_ids), len(tokens))
-            outputs[i] = tokens[: end + 1]
-    lm.model.generation_config = checkpoint_config
-    return outputs
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# 5  The training loop that all stages share. A step is a pure function of the weights, the optimizer and its number:
-#    data order and sampling are seeded by (seed, stage, step, rank), so a checkpoint needs no random states.
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def micro_batches(examples: list, tokens: int) -> list:
-    """Indices of `examples`, sorted by length and cut where a micro-batch would pad to more than `tokens` tokens.
-
-    An example is a list of Responses that stay together, as the two of a pair must. One longer than `tokens` is a
-    micro-batch of its own.
-    """
-    width = [max(map(len, example)) for example in examples]
-    groups = []
-    for i in sorted(range(len(examples)), key=lambda i: -width[i]):
-        if groups and (len(groups[-1]) + 1) * len(examples[i]) * width[groups[-1][0]] <= tokens:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    return groups
-
-
-def batches(examples: list, run: "Run", title=None):
-    """(indices, Batch on the run's device) of each micro-batch; with a progress bar if it has a title."""
-    groups = micro_batches(examples, run.args.tokens_per_micro_batch)
-    for group in run.bar(groups, title, leave=False) if title else groups:
-        yield group, collate([examples[i] for i in group], run.pad_id, run.device)
-
-
-def accumulate_gradient(policy: nn.Module, examples: list, loss_of: Callable, batch_size: int, run: "Run") -> dict:
-    """Gradient of the mean loss over the optimisation batch, of which `examples` are this rank's share.
-
-    Returns this rank's sums of what the loss watches and of tokens, on the device, undivided. `policy` is an LM, or one
-    in DistributedDataParallel, which averages over ranks in the last micro-batch: hence the factor `run.world`.
-    """
-    sums, done = {}, 0
-    for group, batch in batches(examples, run):
-        done += len(group)
-        with contextlib.nullcontext() if run.world == 1 or done == len(examples) else policy.no_sync():
-            with run.autocast():
-                loss, watched = policy(loss_of, batch)
-            (loss * (run.world / batch_size)).backward()
-        for name, value in {**watched, "tokens": batch.attention_mask.sum()}.items():
-            sums[name] = sums.get(name, 0) + value
-    return sums
-
-
-def batch_indices(step: int, n: int, batch_size: int, seed: int) -> list:
-    """The records of one step: a walk, without end, through a seeded permutation of 0..n−1 an epoch."""
-    order = functools.cache(
-        lambda epoch: torch.randperm(n, generator=torch.Generator().manual_seed(seed_of(seed, "order", epoch))).tolist()
-    )
-    return [order(i // n)[i % n] for i in range(step * batch_size, (step + 1) * batch_size)]
-
-
-def train(
-    run: "Run", stage: str, start: str, pairs: list, examples_of: Callable, loss_of: Callable, learning_rate: float,
-    epochs: float,
-) -> str:  # fmt: skip
-    """Train a copy of the model `start` (folder or hub id) and return its folder, <output_dir>/<stage>.
-
-    `examples_of(policy, pairs)` makes a step's examples, responses of the data or the policy's own, and a dict of sums
-    to watch of them. AdamW, linear
-    warm-up then linear decay, gradients clipped to `max_grad_norm`. A finished stage is not repeated; one under way
-    goes on from its last checkpoint. Raises BadInput when a loss is not finite.
-    """
-    args, folder = run.args, run.out / stage
-    if folder.exists():
-        run.say(f"{stage}: finished before, in {folder}")
-        return str(folder)
-    policy = load_lm(start, run, args.gradient_checkpointing)
-    parallel = policy if run.world == 1 else DistributedDataParallel(policy, broadcast_buffers=False)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=learning_rate, weight_decay=args.weight_decay, fused=True)
-    batch_size = min(args.batch_size, len(pairs))
-    steps = min(math.ceil(epochs * len(pairs) / batch_size), args.max_steps or sys.maxsize)
-    warmup = math.ceil(args.warmup_ratio * steps)
-    first = load_checkpoint(run, stage, policy.model, optimizer)
-    log = Log(run, stage, batch_size, steps, first)
-    ctrl_c = finish_step_on_ctrl_c()
-    for step in range(first, steps):
-        torch.manual_seed(seed_of(args.seed, stage, step, run.rank))
-        indices = batch_indices(step, len(pairs), batch_size, args.seed)
-        indices = sorted(indices, key=lambda i: len(pairs[i].chosen))[run.rank :: run.world]
-        try:
-            examples, watched = examples_of(policy, [pairs[i] for i in indices])
-        except RuntimeError as error:  # what torch.multinomial says of probabilities that are not finite
-            if "probability tensor" in str(error):
-                log.stop(step, pairs, first_line(error))
-            raise
-        sums = accumulate_gradient(parallel, examples, loss_of, batch_size, run)
-        sums |= {name: torch.tensor(float(value), device=run.device) for name, value in watched.items()}
-
-        schedule = min((step + 1) / warmup if warmup else 1, (steps - step) / max(1, steps - warmup))
-        optimizer.param_groups[0]["lr"] = learning_rate * schedule
-        grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-
-        log.add(step, learning_rate * schedule, grad_norm, sums)
-        save = (step + 1) % args.save_steps == 0 or bool(ctrl_c)
-        if save or step + 1 == steps or (step + 1) % args.logging_steps == 0:
-            log.flush(pairs, policy)  # stops at what is not finite, so it comes before the checkpoint
-        if save:
-            save_checkpoint(run, stage, policy.model, optimizer, step + 1)
-        if ctrl_c:
-            log.bar.close()
-            raise KeyboardInterrupt
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    log.close()
-    save_model(run, policy.model, folder)
-    return str(folder)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# 6  The algorithm.
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def align(args: "Args") -> dict:
-    """Run every stage that is not finished yet; leave models, metrics, samples and results in the output folder.
-
-    Returns what results.json holds. Raises BadInput before any training, and before anything is written, if the
-    settings, the models or the data cannot be used.
-    """
-    run, train_pairs, test_pairs = set_up(args)
-    args = run.args  # with every default filled in
-    chosen_only = lambda policy, pairs: ([[pair.chosen] for pair in pairs], {})
-    both = lambda policy, pairs: ([[pair.chosen, pair.rejected] for pair in pairs], {})
-
-    # π_ref: a base model first learns what responses look like
-    reference = args.model
-    if args.sft:
-        settings = (args.sft_learning_rate, args.sft_epochs)
-        reference = train(run, "sft", reference, train_pairs, chosen_only, sft_batch_loss, *settings)
-
-    # π_dpo and π_dpo⁻: the same function on the pairs and on the swapped ones; one pass of the reference serves both
-    def train_dpo(stage, pairs):
-        settings = (args.dpo_learning_rate, args.dpo_epochs)
-        return train(run, stage, reference, pairs, both, functools.partial(dpo_batch_loss, beta=args.beta), *settings)
-
-    if not (args.dpo and args.reverse_dpo):
-        add_reference_logps(run, reference, train_pairs)
-    dpo = args.dpo or train_dpo("dpo", train_pairs)
-    reverse = args.reverse_dpo or train_dpo("reverse_dpo", [pair.swapped() for pair in train_pairs])
-
-    # π_θ: distilled from the extrapolated teacher on its own responses, or on the chosen ones
-    def own_responses(policy, pairs):
-        sampled = sample(policy, [pair.chosen.prompt for pair in pairs], run)
-        watched = {"length": sum(map(len, sampled))}
-        if args.dataset == "demo":
-            texts = run.tokenizer.batch_decode(sampled, skip_special_tokens=True)
-            watched["true_reward"] = sum(map(true_reward, texts))
-        return [[Response(pair.chosen.prompt, tokens)] for pair, tokens in zip(pairs, sampled)], watched
-
-    folders = {"reference": reference, "dpo": dpo, "reverse_dpo": reverse}
-    # loaded at the first step: not at all if the stage is finished
-    teacher = functools.cache(lambda: make_teacher(args, lambda name: load_frozen(folders[name], run)))
-
-    def distill(policy, batch):
-        return distillation_batch_loss(policy, batch, teacher(), args.beta, args.signal)
-
-    start = dpo if args.init_from == "dpo" else reference
-    responses = chosen_only if args.off_policy else own_responses
-    settings = (args.distill_learning_rate, args.distill_epochs)
-    folders["policy"] = train(run, "policy", start, train_pairs, responses, distill, *settings)
-
-    results = evaluate(run, folders, test_pairs)
-    if run.rank == 0:
-        report(run, results)
-    return results
-
-
-def make_teacher(args: "Args", lm_of: Callable) -> Teacher:
-    """The teacher that --reward, --alpha, --r and --eps ask for, of lm_of("dpo") and one more such model."""
-
-    def alpha_of(dpo_logits, base_logits):
-        if args.alpha == "adaptive":
-            return adaptive_alpha(dpo_logits, base_logits, args.r, args.eps)
-        return dpo_logits.new_full(dpo_logits.shape[:-1], float(args.alpha))
-
-    dpo = lm_of("dpo")
-    if args.alpha != "adaptive" and float(args.alpha) == 0:
-        return Teacher(dpo, dpo, dpo, alpha_of)  # distillation from π_dpo itself has no base
-    base = lm_of("reverse_dpo" if args.reward == "contrastive" else "reference")
-    return Teacher(dpo, base, dpo if args.reward == "contrastive" else base, alpha_of)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # 7  Settings. The defaults are the paper's; DEMO is what the built-in demo sets otherwise.
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -656,16 +659,16 @@ class Args:
         "HuggingFaceH4/ultrafeedback_binarized",
         "preference pairs in any of TRL's formats: hub id, local folder, .jsonl, .json, .csv or .parquet file, or 'demo'",
     )
-    train_split: Optional[str] = setting(None, "split to train on (train_prefs, or else train)")
-    test_split: Optional[str] = setting(None, "split to evaluate on (test_prefs, test, or a tenth held out)")
-    limit: Optional[int] = setting(None, "train on this many pairs (all)")
-    output_dir: Optional[str] = setting(None, "where models and results go (runs/<model>)")
+    train_split: str | None = setting(None, "split to train on (train_prefs, or else train)")
+    test_split: str | None = setting(None, "split to evaluate on (test_prefs, test, or a tenth held out)")
+    limit: int | None = setting(None, "train on this many pairs (all)")
+    output_dir: str | None = setting(None, "where models and results go (runs/<model>)")
     overwrite: bool = setting(False, "start anew where output_dir holds a run, instead of going on with it")
     seed: int = setting(0, "seed of the data order, the held-out part, the sampling and the demo")
     # the stages
-    sft: Optional[bool] = setting(None, "SFT on the chosen responses first (on for models without a chat template)")
-    dpo: Optional[str] = setting(None, "folder or hub id of a model trained by DPO; skips that stage")
-    reverse_dpo: Optional[str] = setting(None, "the same for the reverse model")
+    sft: bool | None = setting(None, "SFT on the chosen responses first (on for models without a chat template)")
+    dpo: str | None = setting(None, "folder or hub id of a model trained by DPO; skips that stage")
+    reverse_dpo: str | None = setting(None, "the same for the reverse model")
     # the method
     beta: float = setting(0.1, "β0 of DPO (Eq. 4)")
     reward: Literal["contrastive", "vanilla"] = setting(
@@ -673,7 +676,7 @@ class Args:
         "the teacher's reward: π_dpo against the reverse model (Eq. 15) or against the reference (Eq. 11)",
     )
     alpha: str = setting("adaptive", "'adaptive' (Eq. 16) or a constant; 0 is plain distillation from DPO")
-    r: Optional[float] = setting(None, "scale of the adaptive α_t = r·TVD_t + ε (30 on-policy, 20 off-policy)")
+    r: float | None = setting(None, "scale of the adaptive α_t = r·TVD_t + ε (30 on-policy, 20 off-policy)")
     eps: float = setting(1e-3, "ε, the least α_t")
     off_policy: bool = setting(False, "distil on the chosen responses (Eq. 19), not on the policy's own (Eq. 18)")
     signal: Literal["distribution", "token", "sequence"] = setting(
@@ -689,21 +692,21 @@ class Args:
     sft_epochs: float = setting(1.0, "passes over the pairs in SFT")
     dpo_epochs: float = setting(1.0, "passes over the pairs in DPO, and in reverse DPO")
     distill_epochs: float = setting(1.0, "passes over the prompts in the distillation")
-    max_steps: Optional[int] = setting(None, "cap on every stage's optimizer steps")
+    max_steps: int | None = setting(None, "cap on every stage's optimizer steps")
     batch_size: int = setting(128, "pairs or responses an optimizer step, over all devices")
     warmup_ratio: float = setting(0.1, "part of the steps in which the learning rate rises; it falls linearly after")
     weight_decay: float = setting(0.0, "AdamW's weight decay")
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
     # lengths, speed and memory
-    max_length: Optional[int] = setting(None, "prompt and response in tokens (2048, or what the model holds)")
-    max_prompt_length: Optional[int] = setting(None, "tokens of the prompt (half of max_length)")
+    max_length: int | None = setting(None, "prompt and response in tokens (2048, or what the model holds)")
+    max_prompt_length: int | None = setting(None, "tokens of the prompt (half of max_length)")
     tokens_per_micro_batch: int = setting(8192, "tokens that one forward and backward pass holds; changes no result")
     chunk_size: int = setting(512, "states that the output head and the loss take at once; changes no result")
     sampling_batch_size: int = setting(64, "prompts sampled at once")
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass, to save memory")
-    bf16: Optional[bool] = setting(None, "bfloat16 autocast, frozen models in bfloat16 (on CUDA)")
-    device: Optional[str] = setting(None, "cuda, cuda:1, mps, cpu (the first of cuda, mps, cpu that is there)")
-    teacher_device: Optional[str] = setting(None, "device of the two frozen models in the distillation (device)")
+    bf16: bool | None = setting(None, "bfloat16 autocast, frozen models in bfloat16 (on CUDA)")
+    device: str | None = setting(None, "cuda, cuda:1, mps, cpu (the first of cuda, mps, cpu that is there)")
+    teacher_device: str | None = setting(None, "device of the two frozen models in the distillation (device)")
     # evaluation and logs
     eval_pairs: int = setting(1000, "held-out pairs for the reward accuracy, at most")
     eval_prompts: int = setting(128, "held-out prompts that every model answers, at most")
@@ -777,7 +780,7 @@ class Pair:
     record: int  # its number in the data set, from 0
     instruction: str  # the prompt as people read it
 
-    def swapped(self) -> "Pair":
+    def swapped(self) -> Pair:
         """The pair that reverse DPO trains on."""
         return replace(self, chosen=self.rejected, rejected=self.chosen)
 
@@ -842,7 +845,7 @@ def stop_token(tokenizer) -> int:
     return tokenizer.eos_token_id
 
 
-def encode_pairs(run: "Run", source: str, records, numbers: list, most: int) -> list:
+def encode_pairs(run: Run, source: str, records, numbers: list, most: int) -> list:
     """Tokenize records[numbers] until there are `most` usable pairs; say what was left out or cut."""
     tokenizer, args, pairs, counts = run.tokenizer, run.args, [], Counter()
     first_token = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else run.stop_ids[0]
@@ -938,7 +941,7 @@ def check_json(path: str) -> None:
             raise BadInput(f"{path}, line {number}: not a JSON object; mend the line")
 
 
-def load_pairs(run: "Run") -> tuple:
+def load_pairs(run: Run) -> tuple:
     """(training pairs, held-out pairs) as the settings say. Raises BadInput if either is empty."""
     args = run.args
     splits = read_dataset(args.dataset, args.seed)
@@ -1037,7 +1040,7 @@ def demo_records(n: int, seed: int) -> list:
     return records
 
 
-def true_rewards_of(run: "Run", tokens: list) -> list:
+def true_rewards_of(run: Run, tokens: list) -> list:
     """The true rewards of token ids in the demo, where a word is a token; elsewhere nothing is known: []."""
     if run.args.dataset != "demo" or run.tokenizer.get_vocab() != demo_tokenizer().get_vocab():
         return []
@@ -1066,7 +1069,7 @@ def demo_model(seed: int):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def pair_logps(run: "Run", lm: LM, pairs: list, title: str) -> list:
+def pair_logps(run: Run, lm: LM, pairs: list, title: str) -> list:
     """log π of every token of every pair: [(chosen (|y_w|,), rejected (|y_l|,)), ...], float32 on the CPU."""
     examples = [[pair.chosen, pair.rejected] for pair in pairs[run.rank :: run.world]]
     logps = [None] * len(examples)
@@ -1078,7 +1081,7 @@ def pair_logps(run: "Run", lm: LM, pairs: list, title: str) -> list:
     return run.gather(logps)
 
 
-def add_reference_logps(run: "Run", reference: str, pairs: list) -> None:
+def add_reference_logps(run: Run, reference: str, pairs: list) -> None:
     """Give every response of the pairs its log π_ref, computed once and kept in the output folder."""
     path = run.out / "reference_logps.pt"
     if not path.exists():
@@ -1115,7 +1118,7 @@ def token_agreement(rewards: Tensor, truth: Tensor) -> dict:
 
 
 @torch.no_grad()
-def evaluate(run: "Run", folders: dict, test_pairs: list) -> dict:
+def evaluate(run: Run, folders: dict, test_pairs: list) -> dict:
     """Compare π_ref, π_dpo, π_dpo⁻ and the policy, given as folders; write samples.json, report.html and results.json.
 
     `models` holds means over each model's own responses to held-out prompts (see `sample_and_score`) and, in the demo,
@@ -1166,7 +1169,7 @@ def evaluate(run: "Run", folders: dict, test_pairs: list) -> dict:
     return results
 
 
-def sample_and_score(run: "Run", name: str, lms: dict, pairs: list) -> list:
+def sample_and_score(run: Run, name: str, lms: dict, pairs: list) -> list:
     """One response of lms[name] to each pair's prompt, as a list of dicts in AlpacaEval's form with more fields.
 
     `reward` is Σ_t r_ctr (Eq. 12) and `token_rewards` its terms; `kl` is Σ_t KL(π ‖ π_ref), exact over the vocabulary at
@@ -1247,7 +1250,7 @@ def shade_html(tokens: list, rewards: list, notes=(), beneath=(), top=None) -> s
 
 
 @torch.no_grad()
-def explain(run: "Run", lms: dict, response: Response) -> list:
+def explain(run: Run, lms: dict, response: Response) -> list:
     """What the models make of each token of a response, one dict a token: α_t, β_t, r_ctr, the token's probability
 
     under every model and the teacher (`p`), and the teacher's five likeliest tokens as (text, probability) (`top`).
@@ -1325,7 +1328,7 @@ def note_on(state: dict) -> str:
     )
 
 
-def report_html(run: "Run", results: dict, samples: dict, lms: dict, pairs: list) -> str:
+def report_html(run: Run, results: dict, samples: dict, lms: dict, pairs: list) -> str:
     """The run on one self-contained page: results, shaded responses, curves of every stage, settings."""
     text = lambda x: f"{x:.3f}" if isinstance(x, float) else html.escape(printable(str(x)))
 
@@ -1380,7 +1383,7 @@ def report_html(run: "Run", results: dict, samples: dict, lms: dict, pairs: list
     )
 
 
-def report(run: "Run", results: dict) -> None:
+def report(run: Run, results: dict) -> None:
     """Print the final table, the held-out accuracies and a few responses side by side."""
     columns = list(results["models"]["policy"])
     print("\n" + " " * 12 + "".join(f"{column:>13}" for column in columns))
@@ -1455,7 +1458,7 @@ class Run:
         return [parts[i % self.world][i // self.world] for i in range(sum(map(len, parts)))]
 
 
-def pick_device(name: Optional[str]) -> torch.device:
+def pick_device(name: str | None) -> torch.device:
     """The named device, or the best that is there. Raises BadInput for one that is not."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
