@@ -15,7 +15,7 @@ from that teacher on its own samples.
     2  The loss of each stage       SFT, DPO, AlignDistil
     3  The algorithm                the stages in order
     4  The training loop            one for all stages
-    5  Sampling                     responses of the policy itself
+    5  What a step trains on        responses of the data, or the policy's own
     6  A language model taken apart hidden states first, then the vocabulary, a chunk of states at a time
     7  Settings                     the command line, the paper's values and the demo's
     8  Data                         every preference format, down to token ids
@@ -279,45 +279,30 @@ def align(args: Args) -> dict:
     """
     run, train_pairs, test_pairs = set_up(args)
     args = run.args  # with every default filled in
-    chosen_only = lambda policy, pairs: ([[pair.chosen] for pair in pairs], {})
-    both = lambda policy, pairs: ([[pair.chosen, pair.rejected] for pair in pairs], {})
 
     # π_ref: a base model first learns what responses look like
     reference = args.model
     if args.sft:
-        settings = (args.sft_learning_rate, args.sft_epochs)
-        reference = train(run, "sft", reference, train_pairs, chosen_only, sft_batch_loss, *settings)
+        settings = (chosen_responses, sft_batch_loss, args.sft_learning_rate, args.sft_epochs)
+        reference = train(run, "sft", reference, train_pairs, *settings)
 
-    # π_dpo and π_dpo⁻: the same function on the pairs and on the swapped ones; one pass of the reference serves both
-    def train_dpo(stage, pairs):
-        settings = (args.dpo_learning_rate, args.dpo_epochs)
-        return train(run, stage, reference, pairs, both, functools.partial(dpo_batch_loss, beta=args.beta), *settings)
-
+    # π_dpo and π_dpo⁻: the same on the pairs and on the swapped pairs; one pass of the reference serves both
     if not (args.dpo and args.reverse_dpo):
         add_reference_logps(run, reference, train_pairs)
-    dpo = args.dpo or train_dpo("dpo", train_pairs)
-    reverse = args.reverse_dpo or train_dpo("reverse_dpo", [pair.swapped() for pair in train_pairs])
+    swapped, loss = [pair.swapped() for pair in train_pairs], functools.partial(dpo_batch_loss, beta=args.beta)
+    settings = (both_responses, loss, args.dpo_learning_rate, args.dpo_epochs)
+    dpo = args.dpo or train(run, "dpo", reference, train_pairs, *settings)
+    reverse = args.reverse_dpo or train(run, "reverse_dpo", reference, swapped, *settings)
 
     # π_θ: distilled from the extrapolated teacher on its own responses, or on the chosen ones
-    def own_responses(policy, pairs):
-        sampled = sample(policy, [pair.chosen.prompt for pair in pairs], run)
-        watched = {"length": sum(map(len, sampled))}
-        if args.dataset == "demo":
-            texts = run.tokenizer.batch_decode(sampled, skip_special_tokens=True)
-            watched["true_reward"] = sum(map(true_reward, texts))
-        return [[Response(pair.chosen.prompt, tokens)] for pair, tokens in zip(pairs, sampled)], watched
-
     folders = {"reference": reference, "dpo": dpo, "reverse_dpo": reverse}
-    # loaded at the first step: not at all if the stage is finished
-    teacher = functools.cache(lambda: make_teacher(args, lambda name: load_frozen(folders[name], run)))
-
-    def distill(policy, batch):
-        return distillation_batch_loss(policy, batch, teacher(), args.beta, args.signal)
-
+    load = lambda name: load_frozen(folders[name], run)
+    teacher = functools.cache(lambda: make_teacher(args, load))  # at the first step; never, if the stage is finished
+    loss = lambda policy, batch: distillation_batch_loss(policy, batch, teacher(), args.beta, args.signal)
     start = dpo if args.init_from == "dpo" else reference
-    responses = chosen_only if args.off_policy else own_responses
-    settings = (args.distill_learning_rate, args.distill_epochs)
-    folders["policy"] = train(run, "policy", start, train_pairs, responses, distill, *settings)
+    responses = chosen_responses if args.off_policy else own_responses
+    settings = (responses, loss, args.distill_learning_rate, args.distill_epochs)
+    folders["policy"] = train(run, "policy", start, train_pairs, *settings)
 
     results = evaluate(run, folders, test_pairs)
     if run.rank == 0:
@@ -401,8 +386,7 @@ def train(
 ) -> str:  # fmt: skip
     """Train a copy of the model `start` (folder or hub id) and return its folder, <output_dir>/<stage>.
 
-    `examples_of(policy, pairs)` makes a step's examples, responses of the data or the policy's own, and a dict of sums
-    to watch of them. AdamW, linear
+    `examples_of` says what a step trains on (section 5), `loss_of` with which loss (section 2). AdamW, linear
     warm-up then linear decay, gradients clipped to `max_grad_norm`. A finished stage is not repeated; one under way
     goes on from its last checkpoint. Raises BadInput when a loss is not finite.
     """
@@ -424,7 +408,7 @@ def train(
         indices = batch_indices(step, len(pairs), batch_size, args.seed)
         indices = sorted(indices, key=lambda i: len(pairs[i].chosen))[run.rank :: run.world]
         try:
-            examples, watched = examples_of(policy, [pairs[i] for i in indices])
+            examples, watched = examples_of(run, policy, [pairs[i] for i in indices])
         except RuntimeError as error:  # what torch.multinomial says of probabilities that are not finite
             if "probability tensor" in str(error):
                 log.stop(step, pairs, first_line(error))
@@ -454,8 +438,29 @@ def train(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 5  Sampling, ŷ ~ π_θ(·|x).
+# 5  What a step trains on. Each maps (run, policy, pairs) to the examples, lists of Responses that stay together, and a
+#    dict of sums to watch of them: responses of the data, or the policy's own, ŷ ~ π_θ(·|x).
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def chosen_responses(run: Run, policy: LM, pairs: list) -> tuple:
+    """The data's chosen responses: SFT, and Eq. 19."""
+    return [[pair.chosen] for pair in pairs], {}
+
+
+def both_responses(run: Run, policy: LM, pairs: list) -> tuple:
+    """The pairs: DPO."""
+    return [[pair.chosen, pair.rejected] for pair in pairs], {}
+
+
+def own_responses(run: Run, policy: LM, pairs: list) -> tuple:
+    """One response of the policy to each pair's prompt: Eq. 18. Watched: their length and, in the demo, true reward."""
+    sampled = sample(policy, [pair.chosen.prompt for pair in pairs], run)
+    watched = {"length": sum(map(len, sampled))}
+    if run.args.dataset == "demo":
+        texts = run.tokenizer.batch_decode(sampled, skip_special_tokens=True)
+        watched["true_reward"] = sum(map(true_reward, texts))
+    return [[Response(pair.chosen.prompt, tokens)] for pair, tokens in zip(pairs, sampled)], watched
 
 
 @torch.no_grad()
