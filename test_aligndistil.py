@@ -979,6 +979,7 @@ BAD = {  # what is wrong: (flags, where {} is a folder of prepared files; what t
     "r": ("--r -1", r"--r is -1\.0"),
     "batch size": ("--batch_size 0", r"--batch_size is 0"),
     "alpha": ("--alpha foo", r"--alpha is 'foo'"),
+    "signal": ("--signal token --off_policy", r"--signal token needs the policy's own samples"),
     "unknown flag": ("--lerning_rate 1", r"--lerning_rate"),
     "device": ("--device cuda:7", r"device cuda:7 is not there"),
     "output below a file": ("--output_dir {}/file/out", r"output folder .*file/out cannot be used"),
@@ -1159,6 +1160,13 @@ def test_what_a_run_leaves(uninterrupted, prepared):
         samples = json.loads((folder / "samples.json").read_text())
         assert {"instruction", "output", "generator"} <= samples[0].keys() and len(samples) % 4 == 0
         assert all(len(row["tokens"]) == len(row["token_rewards"]) == row["length"] for row in samples)
+        page, first = (
+            (folder / "report.html").read_text(encoding="utf-8"),
+            {line["stage"]: line for line in metrics(folder)},
+        )
+        assert all(f"Training: {stage}" in page for stage in first)
+        assert page.count("<svg") == sum(name in line for line in first.values() for name in ad.CURVES) > 10
+        assert page.count('class="tokens"') == min(24, len(samples)) and not re.search(r"src=|@import|<script", page)
         mean = statistics.mean(row["kl"] for row in samples if row["generator"] == "dpo")
         assert mean == pytest.approx(results["models"]["dpo"]["kl"])
         step = metrics(folder)[-1]
