@@ -855,47 +855,41 @@ def encode_pairs(run: Run, source: str, records, numbers: list, most: int) -> li
     tokenizer, args, pairs, counts = run.tokenizer, run.args, [], Counter()
     first_token = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else run.stop_ids[0]
     starts_with_bos = not tokenizer.chat_template and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
-    for first in run.bar(range(0, len(numbers), 500), f"tokenizing {source}", leave=False):
-        rows = []
-        for number, record in zip(numbers[first : first + 500], records.select(numbers[first : first + 500])):
-            try:
-                prompt, chosen, rejected = split_record(record)
-                text = render_prompt(prompt, chosen, tokenizer)
-            except (ValueError, TemplateError) as error:
-                raise BadInput(f"{where(source, number)}: {error}; mend or remove the record") from None
-            talk = isinstance(prompt, list)
-            counts["plain"] += talk and not tokenizer.chat_template
-            instruction = "\n\n".join(message["content"] for message in prompt) if talk else prompt
-            empty = not (chosen.strip() and rejected.strip())
-            fault = "empty" if empty else "identical" if chosen == rejected else None
-            counts[fault] += 1
-            if not fault:
-                rows.append((text, chosen, rejected, number, instruction))
-        if not rows:
+    numbered = zip(run.bar(numbers, f"tokenizing {source}", leave=False), records.select(numbers))
+    for number, record in numbered:
+        try:
+            prompt, chosen, rejected = split_record(record)
+            text = render_prompt(prompt, chosen, tokenizer)
+        except (ValueError, TemplateError) as error:
+            raise BadInput(f"{where(source, number)}: {error}; mend or remove the record") from None
+        talk = isinstance(prompt, list)
+        counts["plain"] += talk and not tokenizer.chat_template
+        instruction = "\n\n".join(message["content"] for message in prompt) if talk else prompt
+        if not (chosen.strip() and rejected.strip()):
+            counts["empty"] += 1
             continue
         # prompt and responses are tokenized apart, so that no merge crosses the boundary
-        ids = [tokenizer(list(texts), add_special_tokens=False).input_ids for texts in list(zip(*rows))[:3]]
-        for prompt, chosen, rejected, (*_, number, instruction) in zip(*ids, rows):
-            if starts_with_bos or not prompt:  # an empty prompt still needs a state to predict from
-                prompt = [first_token, *prompt]
-            counts["prompts"] += len(prompt) > args.max_prompt_length
-            prompt = array.array("i", prompt[-args.max_prompt_length :])
-            room = args.max_length - len(prompt)
-            counts["responses"] += (len(chosen) >= room) + (len(rejected) >= room)
-            chosen, rejected = (array.array("i", [*ids, run.stop_ids[0]][:room]) for ids in (chosen, rejected))
-            if chosen == rejected:
-                counts["identical"] += 1
-            else:
-                pairs.append(Pair(Response(prompt, chosen), Response(prompt, rejected), number, instruction))
-        if len(pairs) >= most:
+        prompt, *responses = tokenizer([text, chosen, rejected], add_special_tokens=False).input_ids
+        if starts_with_bos or not prompt:  # an empty prompt still needs a state to predict from
+            prompt = [first_token, *prompt]
+        long_prompt, prompt = len(prompt) > args.max_prompt_length, array.array("i", prompt[-args.max_prompt_length :])
+        room = args.max_length - len(prompt)
+        tokens = [array.array("i", [*response, run.stop_ids[0]][:room]) for response in responses]
+        if chosen == rejected or tokens[0] == tokens[1]:
+            counts["identical"] += 1
+            continue
+        counts["prompts"] += long_prompt
+        counts["responses"] += sum(len(response) >= room for response in responses)
+        pairs.append(Pair(*(Response(prompt, response) for response in tokens), number, instruction))
+        if len(pairs) == most:
             break
     if counts["plain"]:
         run.say(f"{source}: conversations for a model without a chat template, so the plain template is used")
     run.say(
-        f"{source}: {len(pairs[:most]):,} pairs; left out {counts['empty']} with an empty and {counts['identical']} with "
+        f"{source}: {len(pairs):,} pairs; left out {counts['empty']} with an empty and {counts['identical']} with "
         f"identical responses; cut {counts['prompts']} prompts and {counts['responses']} responses to the length limits"
     )
-    return pairs[:most]
+    return pairs
 
 
 def where(source: str, number: int) -> str:
@@ -1074,15 +1068,15 @@ def demo_model(seed: int):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def pair_logps(run: Run, lm: LM, pairs: list, title: str) -> list:
-    """log π of every token of every pair: [(chosen (|y_w|,), rejected (|y_l|,)), ...], float32 on the CPU."""
+def pair_logps(run: Run, lm: LM, pairs: list, title: str, keep: Callable = Tensor.clone) -> list:
+    """[(keep(log π of the chosen one's tokens (|y_w|,)), the same of the rejected one's), ...], float32 on the CPU."""
     examples = [[pair.chosen, pair.rejected] for pair in pairs[run.rank :: run.world]]
     logps = [None] * len(examples)
     for group, batch in batches(examples, run, title):
         with run.autocast():
             parts = state_logps(lm, batch, lm.hidden(batch)).cpu().split(batch.lengths.tolist())
         for i, chosen, rejected in zip(group, parts, parts[len(group) :]):
-            logps[i] = (chosen.clone(), rejected.clone())  # not views that keep the whole batch alive
+            logps[i] = (keep(chosen), keep(rejected))
     return run.gather(logps)
 
 
@@ -1090,9 +1084,9 @@ def add_reference_logps(run: Run, reference: str, pairs: list) -> None:
     """Give every response of the pairs its log π_ref, computed once and kept in the output folder."""
     path = run.out / "reference_logps.pt"
     if not path.exists():
-        logps = pair_logps(run, load_lm(reference, run), pairs, "reference logps")
-        sums = torch.tensor([[chosen.sum(), rejected.sum()] for chosen, rejected in logps])
-        write_aside(run, path, lambda aside: torch.save(sums, aside))
+        total = lambda tokens: tokens.sum().item()
+        logps = torch.tensor(pair_logps(run, load_lm(reference, run), pairs, "reference logps", total))
+        write_aside(run, path, lambda aside: torch.save(logps, aside))
     for pair, (chosen, rejected) in zip(pairs, torch.load(path, weights_only=True).tolist(), strict=True):
         pair.chosen.ref_logps, pair.rejected.ref_logps = chosen, rejected
 
@@ -1140,21 +1134,18 @@ def evaluate(run: Run, folders: dict, test_pairs: list) -> dict:
     reference, dpo, reverse = (pair_logps(run, lms[name], test_pairs, f"held-out pairs, {name}") for name in names)
     rewards = {"dpo": (dpo, reference), "reverse": (reference, reverse), "contrastive": (dpo, reverse)}
     accuracy = {"n": len(test_pairs)}
-    truth = [[true_rewards_of(run, y.tokens) for y in (pair.chosen, pair.rejected)] for pair in test_pairs]
+    sides = [response for pair in test_pairs for response in (pair.chosen, pair.rejected)]
+    truth = [reward for response in sides for reward in true_rewards_of(run, response.tokens)]  # of every token
     for name, (logps, base) in rewards.items():
-        token_rewards = [
-            [implicit_reward(a, b, run.args.beta) for a, b in zip(*both)] for both in zip(logps, base, strict=True)
-        ]
-        accuracy[name] = accuracy_interval(torch.stack([w.sum() - l.sum() for w, l in token_rewards]))
-        if truth[0][0]:
-            flat = torch.cat([tokens for pair in token_rewards for tokens in pair])
-            accuracy[name] |= token_agreement(flat, torch.tensor([x for pair in truth for y in pair for x in y]))
+        token_rewards = [implicit_reward(a, b, run.args.beta) for two in zip(logps, base) for a, b in zip(*two)]
+        totals = torch.stack([tokens.sum() for tokens in token_rewards])
+        accuracy[name] = accuracy_interval(totals[::2] - totals[1::2])
+        if truth:
+            accuracy[name] |= token_agreement(torch.cat(token_rewards), torch.tensor(truth))
     if run.args.dataset == "demo":
-        words = [
-            [run.tokenizer.decode(y.tokens, skip_special_tokens=True) for y in (p.chosen, p.rejected)]
-            for p in test_pairs
-        ]
-        accuracy["oracle"] = accuracy_interval(torch.tensor([true_reward(w) - true_reward(l) for w, l in words]))
+        texts = run.tokenizer.batch_decode([list(response.tokens) for response in sides], skip_special_tokens=True)
+        totals = torch.tensor([true_reward(text) for text in texts])
+        accuracy["oracle"] = accuracy_interval(totals[::2] - totals[1::2])
 
     samples = {name: sample_and_score(run, name, lms, test_pairs[: run.args.eval_prompts]) for name in lms}
     mean = lambda values: sum(values) / len(values)
