@@ -255,8 +255,9 @@ def distillation_batch_loss(policy: LM, batch: Batch, teacher: Teacher, beta: fl
             logps = token_logps(logits, tokens)
             own = beta_t * (logps - token_logps(z, tokens))
             surrogate = score_function(logps, own if totals is None else totals[batch.row[rows]])
-        means = torch.stack([surrogate, loss, alpha, beta_t, kl, reward * lengths], -1) / lengths[:, None]
-        return torch.cat([means, own[:, None]], -1)
+        # the first is differentiated; it, the loss, α, β_t and KL are means over a response's states, the rest are sums
+        columns = torch.stack([surrogate, loss, alpha, beta_t, kl, reward * lengths, own * lengths], -1)
+        return columns / lengths[:, None]
 
     if signal == "sequence":
         with torch.no_grad():
@@ -686,8 +687,7 @@ class Args:
     off_policy: bool = setting(False, "distil on the chosen responses (Eq. 19), not on the policy's own (Eq. 18)")
     signal: Literal["distribution", "token", "sequence"] = setting(
         "distribution",
-        "what of each state trains the policy: the teacher's whole distribution, or the sampled token's reward, or the whole "
-        "response's reward",
+        "what trains the policy: the teacher's whole distribution, or its reward of the token or response",
     )
     init_from: Literal["reference", "dpo"] = setting("reference", "where the policy starts")
     # optimisation
@@ -726,7 +726,8 @@ DEMO = dict(
 )  # fmt: skip
 FREE_SETTINGS = ("output_dir", "overwrite", "save_steps", "logging_steps")  # a run may go on with others of these
 # what a run leaves; config.json last, so that an --overwrite killed half-way is still known for a run
-OUTPUTS = "sft dpo reverse_dpo policy checkpoint.pt reference_logps.pt metrics.jsonl samples.json report.html results.json config.json"
+OUTPUTS = """sft dpo reverse_dpo policy checkpoint.pt reference_logps.pt metrics.jsonl samples.json report.html
+    results.json config.json"""
 
 
 class BadInput(Exception):
@@ -1528,22 +1529,16 @@ def set_up(args: Args) -> tuple:
         dist.init_process_group("nccl" if run.device.type == "cuda" else "gloo")
     tokenizer = demo_tokenizer() if args.model == "demo" else load_pretrained(AutoTokenizer, args.model)
     if tokenizer.eos_token_id is None:
-        raise BadInput(
-            f"model {args.model}: its tokenizer has no end-of-sequence token; set one, so that responses end"
-        )
+        raise BadInput(f"model {args.model}: its tokenizer has no end-of-sequence token to end responses with; set one")
     run.tokenizer, run.stop_ids = tokenizer, list(dict.fromkeys([stop_token(tokenizer), tokenizer.eos_token_id]))
     run.pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     config = load_lm(args.model, run).model.config.get_text_config()
     for folder in filter(None, (args.dpo, args.reverse_dpo)):
-        vocabulary = load_lm(folder, run).model.config.get_text_config().vocab_size
-        same = (
-            vocabulary == config.vocab_size
-            and load_pretrained(AutoTokenizer, folder).get_vocab() == tokenizer.get_vocab()
-        )
-        if not same:
+        size = load_lm(folder, run).model.config.get_text_config().vocab_size
+        if (size, load_pretrained(AutoTokenizer, folder).get_vocab()) != (config.vocab_size, tokenizer.get_vocab()):
             raise BadInput(
-                f"teacher {folder}: its vocabulary or tokenizer is not that of {args.model}; they must be the same"
+                f"teacher {folder}: its vocabulary or tokenizer is not that of {args.model}; use one that is"
             )
     positions = getattr(config, "max_position_embeddings", None) or sys.maxsize
     length = args.max_length or min(2048, positions)
@@ -1563,7 +1558,7 @@ def set_up(args: Args) -> tuple:
     train_pairs, test_pairs = load_pairs(run)
     if min(args.batch_size, len(train_pairs)) < run.world:
         raise BadInput(
-            f"{run.world} processes, but --batch_size {args.batch_size} of {len(train_pairs)} pairs; use fewer"
+            f"{run.world} processes for --batch_size {args.batch_size} of {len(train_pairs)} pairs; use fewer"
         )
     open_output(run, train_pairs + test_pairs)
     return run, train_pairs, test_pairs
@@ -1614,9 +1609,8 @@ def write_aside(run: Run, path: Path, write: Callable) -> None:
                     os.fsync(written.fileno())
             os.replace(aside, path)
         except Exception as error:  # a full disk is an OSError to us, a RuntimeError to torch, its own to safetensors
-            raise BadInput(
-                f"{path} cannot be written ({first_line(error)}); make room and run the same command"
-            ) from error
+            message = f"{path} cannot be written ({first_line(error)}); make room and run the same command"
+            raise BadInput(message) from error
     run.barrier()
 
 
@@ -1663,29 +1657,26 @@ class Log:
         self.waiting, self.tokens, self.began = [], 0, time.time()
         self.flushed = self.began
         self.bar = run.bar(None, stage, total=steps, initial=first)
-        if (
-            self.path.exists()
-        ):  # what came after the checkpoint is done again, and a killed run may have cut its last line
+        if self.path.exists():
+            # what came after the checkpoint is done again, and a killed run may have cut its last line
             lines = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
             keep = lambda line: line["stage"] != stage or line["step"] <= first
-            write_aside(
-                run, self.path, lambda aside: aside.write_text("".join(x for x in lines if keep(json.loads(x))))
-            )
+            content = "".join(line for line in lines if keep(json.loads(line)))
+            write_aside(run, self.path, lambda aside: aside.write_text(content))
 
     def add(self, step: int, learning_rate: float, grad_norm: Tensor, sums: dict) -> None:
         """One step: its learning rate, the norm of its gradient (the same on every rank), this rank's sums."""
-        self.waiting.append(
-            (step, learning_rate, {**sums, "grad_norm": grad_norm * (self.batch_size / self.run.world)})
-        )
+        sums = {**sums, "grad_norm": grad_norm * (self.batch_size / self.run.world)}
+        self.waiting.append((step, learning_rate, sums))
 
     def stop(self, step: int, pairs: list, what: str) -> None:
         """End the run at a step that is not finite, naming the records of its batch."""
         self.bar.close()
         indices = batch_indices(step, len(pairs), self.batch_size, self.run.args.seed)
-        path = self.run.out / "checkpoint.pt"
+        records, path = sorted(pairs[i].record for i in indices), self.run.out / "checkpoint.pt"
         raise BadInput(
-            f"{self.stage}: {what} at step {step + 1} (records {sorted(pairs[i].record for i in indices)}); look at these or "
-            f"lower the learning rate; last good checkpoint: {path if path.exists() else 'none yet'}"
+            f"{self.stage}: {what} at step {step + 1} (records {records}); look at these or lower the learning rate; "
+            f"last good checkpoint: {path if path.exists() else 'none yet'}"
         )
 
     def flush(self, pairs: list, policy: LM) -> None:
