@@ -1303,7 +1303,7 @@ def curve(steps: list, values: list, title: str) -> str:
     near = max(1, len(values) // 40)
     around = [values[max(0, i - near) : i + near + 1] for i in range(len(values))]
     means = [sum(part) / len(part) for part in around]
-    figure = Figure(figsize=(3.2, 1.9), layout="constrained")
+    figure = Figure(figsize=(2.5, 1.6), layout="constrained")
     axes = figure.subplots()
     axes.plot(steps, values, color="#9ec5fe", linewidth=0.8)
     axes.plot(steps, means, color="#0a58ca", linewidth=1.6)
