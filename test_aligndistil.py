@@ -10,6 +10,8 @@ import contextlib
 import copy
 import ctypes
 import dataclasses
+import functools
+import inspect
 import itertools
 import json
 import math
@@ -33,11 +35,13 @@ HOME = tempfile.TemporaryDirectory()  # the hub's cache: empty, and gone afterwa
 if __name__ != "__main__":  # one thread a process, as several run at once; and no hub is there
     os.environ |= {"HF_HOME": HOME.name, "HF_ENDPOINT": "http://127.0.0.1:9", "OMP_NUM_THREADS": "1"}
 
+import nbformat
 import pandas as pd
 import pytest
 import torch
 import torch.distributed as dist
 import transformers
+from nbclient import NotebookClient
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.parallel import DistributedDataParallel
@@ -1334,6 +1338,68 @@ def test_gradient_of_two_processes(tmp_path):
     for loss in one:
         for name, expected in one[loss].items():
             assert (two[loss][name] - expected).norm() <= 1e-5 * expected.norm(), (loss, name)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 12  The notebook
+# ----------------------------------------------------------------------------------------------------------------------
+
+NOTEBOOK = Path(ad.__file__).with_name("tutorial.ipynb")
+
+
+def notebook_cells(kind: str) -> list:
+    return [cell for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == kind]
+
+
+def markdown_outputs(cell) -> list:
+    return [output.data["text/markdown"] for output in cell.outputs if "text/markdown" in output.get("data", {})]
+
+
+def named(name: str):
+    """The function or class of aligndistil.py with this name, which may be dotted."""
+    return functools.reduce(getattr, name.split("."), ad)
+
+
+def test_the_notebook_runs(monkeypatch):
+    """Notices a cell that fails, on a few steps of training and with no hub."""
+    monkeypatch.setenv("ALIGNDISTIL_QUICK", "1")
+    monkeypatch.setenv("PYTHONPATH", str(NOTEBOOK.parent))
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
+
+
+def test_the_notebook_is_saved_with_its_outputs():
+    """Notices a saved notebook not run from top to bottom, with an error or a warning, or with a path of a machine."""
+    code = notebook_cells("code")
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell.outputs]
+    assert {output.output_type for output in outputs} <= {"stream", "display_data", "execute_result"}
+    assert [output for output in outputs if output.get("name") == "stderr"] == []
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 10
+    assert not re.search(r"(?<![\w.])/(tmp|home|root|work|usr|var|Users)/", str(outputs))
+    assert [cell.source for cell in code if len(cell.source.splitlines()) > 27] == []
+
+
+def test_the_notebook_shows_the_current_source():
+    """Notices source or a line number in the saved outputs that is no more aligndistil.py's: run the notebook again."""
+    shown, lines = 0, []
+    for cell in notebook_cells("code"):
+        names = [name for call in re.findall(r"^show\((.*)\)$", cell.source, re.M) for name in call.split(", ")]
+        sources = [text for text in markdown_outputs(cell) if text.startswith("```python")]
+        for name, source in zip(names, sources, strict=True):
+            assert source == f"```python\n{inspect.getsource(named(name.removeprefix('ad.')))}```", name
+        shown += len(names)
+        for text in markdown_outputs(cell):
+            lines += re.findall(r"^\| [\d, ]+ \|.*\| `([\w.]+)` \| (\d+) \|", text, re.M)
+    assert shown >= 20 and len(lines) >= 15
+    for name, line in lines:
+        assert int(line) == inspect.getsourcelines(named(name))[1], name
+
+
+def test_the_notebook_has_every_equation():
+    """Notices an equation of 1 to 19 that is missing, or there twice."""
+    text = "\n".join(cell.source for cell in notebook_cells("markdown"))
+    assert sorted(map(int, re.findall(r"\\tag\{(\d+)\}", text))) == list(range(1, 20))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
