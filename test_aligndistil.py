@@ -337,6 +337,8 @@ def test_chunks_equal_the_dense_loss_and_gradients(head):
     margins = 0.1 * ((logps - batch.ref_logps).chunk(2)[0] - (logps - batch.ref_logps).chunk(2)[1])
     assert watched["margin"].item() == pytest.approx(margins.sum().item(), rel=1e-4)
     assert watched["accuracy"].item() == (margins > 0).sum().item()
+    batch.ref_logps = response_logps(policy, batch)
+    assert ad.dpo_batch_loss(policy, batch, beta=0.1)[1]["accuracy"].item() == 0, "a tie is no preference"
 
 
 @pytest.mark.parametrize("signal", ["token", "sequence"])
@@ -1161,6 +1163,9 @@ def test_what_a_run_leaves(uninterrupted, prepared):
         for name in ("dpo", "reverse", "contrastive"):
             row = accuracy[name]
             assert 0 <= row["low"] <= row["accuracy"] + 1e-9 and row["accuracy"] <= row["high"] + 1e-9 <= 1 + 1e-9
+        assert {path.name for path in folder.iterdir()} <= set(ad.OUTPUTS.split()), (
+            "--overwrite knows what a run leaves"
+        )
         samples = json.loads((folder / "samples.json").read_text())
         assert {"instruction", "output", "generator"} <= samples[0].keys() and len(samples) % 4 == 0
         assert all(len(row["tokens"]) == len(row["token_rewards"]) == row["length"] for row in samples)
