@@ -644,8 +644,8 @@ def sum_in_chunks(values_of: Callable, hidden: Tensor, lm: LM) -> tuple:
 
 
 def response_sums(values: Tensor, batch: Batch) -> Tensor:
-    """(N, ...) values of states → (B, ...) sums over each response."""
-    return values.new_zeros(len(batch.lengths), *values.shape[1:]).index_add_(0, batch.row, values)
+    """Values of states (N,) → their sums over each response (B,)."""
+    return values.new_zeros(len(batch.lengths)).index_add_(0, batch.row, values)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1248,9 +1248,9 @@ def shade_html(tokens: list, rewards: list, notes=(), beneath=(), top=None) -> s
 
 @torch.no_grad()
 def explain(run: Run, lms: dict, response: Response) -> list:
-    """What the models make of each token of a response, one dict a token: α_t, β_t, r_ctr, the token's probability
+    """What the models make of each token of a response, one dict a token.
 
-    under every model and the teacher (`p`), and the teacher's five likeliest tokens as (text, probability) (`top`).
+    `p` is its probability under every model and the teacher, `top` the teacher's five likeliest tokens with theirs.
     """
     batch, teacher = collate([[response]], run.pad_id, run.device), make_teacher(run.args, lms.get)
     with run.autocast():

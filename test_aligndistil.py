@@ -893,6 +893,17 @@ def test_length_limits(load, capsys):
     assert re.search(r"cut [1-9]\d* prompts and [1-9]\d* responses", capsys.readouterr().out)
 
 
+def test_line_of_a_fault_in_json(tmp_path):
+    """Notices a wrong line number, in a file of one value as in one of a value a line."""
+    for name, content, line in (
+        ("a.json", b'[{"chosen": "a",\n "rejected": "b"},\n "\xff"]', 3),
+        ("a.jsonl", b'{"chosen": "a"}\n\n{"chosen": "\xff"}', 3),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ad.BadInput, match=rf"{name}, line {line}: not UTF-8"):
+            ad.check_json(str(tmp_path / name))
+
+
 def test_useless_pairs_are_left_out_aloud(load, capsys):
     """Notices empty or identical responses that are trained on, or left out in silence."""
     empty, same = {"prompt": "a", "chosen": " ", "rejected": "b"}, {"prompt": "a", "chosen": "b", "rejected": "b"}
