@@ -1309,7 +1309,8 @@ def test_torchrun(tmp_path):
         assert done.stdout.count("models, metrics, samples and results are in") == 1
         assert len(metrics(tmp_path / str(world))) == 12
         losses[world] = [line["loss"] for line in metrics(tmp_path / str(world)) if line["step"] == 1]
-    assert losses[2] == pytest.approx(losses[1], rel=1e-4)
+    # abs: after three steps of DPO the teachers hardly differ, and a KL of 1e-4 carries float32's rounding of the logits
+    assert losses[2] == pytest.approx(losses[1], rel=1e-4, abs=1e-7)
 
 
 def gradients_of_rank(rank: int, world: int, folder: Path) -> None:
