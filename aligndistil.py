@@ -40,7 +40,6 @@ import math
 import os
 import random
 import re
-import resource
 import shutil
 import sys
 import time
@@ -70,15 +69,11 @@ from tqdm import tqdm
 class Args:
     # what to run
     model: str = "demo"  # hub id or local folder of a causal LM; 'demo' is built in, with a preset
-    dataset: str = (
-        "HuggingFaceH4/ultrafeedback_binarized"  # preference pairs: hub id, id:config, folder, file, 'demo'
-    )
+    dataset: str = "HuggingFaceH4/ultrafeedback_binarized"  # pairs: hub id, id:config, folder, file, or 'demo'
     train_split: str | None = None  # split to train on (train_prefs, or else train)
     test_split: str | None = None  # split to evaluate on (test_prefs, test, or a tenth held out)
     limit: int | None = None  # train on the first so many records (all)
-    output_dir: str | None = (
-        None  # where models and results go (runs/<model>); the same command goes on there
-    )
+    output_dir: str | None = None  # where all results go (runs/<model>); the same command goes on there
     seed: int = 0  # seed of the data order, the held-out part, the sampling and the demo
     # the stages
     sft: bool | None = None  # SFT on the chosen responses first (on for models without a chat template)
@@ -86,9 +81,7 @@ class Args:
     reverse_dpo: str | None = None  # the same for the reverse model
     # the method
     beta: float = 0.1  # β0 of DPO (Eq. 4)
-    reward: Literal["contrastive", "vanilla"] = (
-        "contrastive"  # π_dpo against the reverse model (Eq. 15) or π_ref (Eq. 11)
-    )
+    reward: Literal["contrastive", "vanilla"] = "contrastive"  # π_dpo against π_dpo⁻ (Eq. 15) or π_ref (11)
     alpha: float | None = None  # a constant α (adaptive, Eq. 16); 0 is plain distillation from DPO
     alpha_r: float | None = None  # r of the adaptive α_t = r·TVD_t + ε (30 on-policy, 20 off-policy)
     off_policy: bool = False  # distil on the chosen responses (Eq. 19), not on the policy's own (Eq. 18)
@@ -107,8 +100,8 @@ class Args:
     # lengths, speed and memory
     max_length: int | None = None  # prompt and response in tokens (2048, or what the model holds)
     max_prompt_length: int | None = None  # tokens of the prompt (half of max_length)
-    tokens_per_micro_batch: int = 8192  # tokens of one forward and backward pass; changes no result
-    chunk_size: int = 512  # states that the output head and the loss take at once; changes no result
+    tokens_per_micro_batch: int = 8192  # tokens of one forward and backward pass; changes rounding only
+    chunk_size: int = 512  # states that output head and loss take at once; changes rounding only
     sampling_batch_size: int = 128  # prompts sampled at once
     gradient_checkpointing: bool = False  # recompute activations in the backward pass, to save memory
     device: str | None = None  # cuda, cuda:1, mps, cpu (the first of cuda, mps, cpu that is there)
@@ -127,7 +120,7 @@ DEMO = dict(
 )  # fmt: skip
 # A run may go on with others of these. Those of speed and memory change rounding, or which responses are drawn.
 FREE_SETTINGS = """output_dir save_steps sample_steps tokens_per_micro_batch chunk_size sampling_batch_size
-    gradient_checkpointing""".split()
+    gradient_checkpointing device teacher_device""".split()
 
 
 class Parser(transformers.HfArgumentParser):
@@ -180,7 +173,8 @@ def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
 
 def total_variation(p_logits: Tensor, q_logits: Tensor) -> Tensor:
     """½ Σ_v |p(v) − q(v)| of the distributions that two logits (..., V) stand for: (...), in [0, 1]."""
-    return 0.5 * torch.linalg.vector_norm(p_logits.softmax(-1) - q_logits.softmax(-1), ord=1, dim=-1)
+    difference = p_logits.softmax(-1).sub_(q_logits.softmax(-1))
+    return 0.5 * torch.linalg.vector_norm(difference, ord=1, dim=-1)
 
 
 def adaptive_alpha(dpo_logits: Tensor, base_logits: Tensor, r: float, eps: float = 1e-3) -> Tensor:
@@ -204,16 +198,35 @@ def teacher_logits(anchor_logits: Tensor, dpo_logits: Tensor, base_logits: Tenso
 
     The contrastive teacher has anchor = dpo and base = reverse; the vanilla one has the reference in both places.
     """
-    return anchor_logits + alpha.unsqueeze(-1) * (dpo_logits - base_logits)
+    return torch.addcmul(anchor_logits, alpha.unsqueeze(-1), dpo_logits - base_logits)
 
 
 def reverse_kl(logits: Tensor, target_logits: Tensor) -> Tensor:
     """KL(π ‖ target) = Σ_v π(v)·(log π(v) − log target(v)) over the whole vocabulary: (..., V), (..., V) → (...).
 
-    In log-probabilities throughout, so it is finite even where a probability underflows to 0.
+    In log-probabilities throughout, so it is finite even where a probability underflows to 0. The gradient by the
+    logits has a closed form, π ⊙ (log π − log target − KL); the target gets none.
     """
-    logps, target_logps = logits.log_softmax(-1), target_logits.log_softmax(-1)
-    return (logps.exp() * (logps - target_logps)).sum(-1)
+    return ReverseKL.apply(logits, target_logits)
+
+
+class ReverseKL(torch.autograd.Function):
+    """`reverse_kl`, in half of the passes over the vocabulary that autograd would need."""
+
+    @staticmethod
+    def forward(ctx, logits, target_logits):
+        logps = logits.log_softmax(-1)
+        p = logps.exp()
+        log_ratio = logps.sub_(target_logits.log_softmax(-1))
+        kl = torch.linalg.vecdot(p, log_ratio)
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(log_ratio.sub_(kl.unsqueeze(-1)).mul_(p))
+        return kl
+
+    @staticmethod
+    def backward(ctx, grad):
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad.unsqueeze(-1), None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -291,7 +304,7 @@ class Teacher:
 
     @torch.no_grad()
     def hidden(self, batch: Batch) -> dict:
-        """Each model's hidden states, (N, hidden size): the only thing that crosses from one device to another."""
+        """Each model's hidden states, (N, hidden size), on the teacher's device: what later crosses to the policy's."""
         return {name: lm.hidden(batch) for name, lm in self.lms.items()}
 
     @torch.no_grad()
@@ -313,9 +326,9 @@ def distillation_batch_loss(
     """Eq. 18 and 19: 1/|y| Σ_t β_t·KL(π_θ ‖ π*), summed over responses.
 
     Watched, as means over a response's states: α, β_t and the KL to the teacher, in nats a token. As sums over
-    them: the teacher's reward, β0·Σ_t (log π_dpo − log π_base)(y_t). On the policy's own responses two more are
-    for nothing: −log π_θ(y_t) estimates its entropy, in nats a token, and Σ_t (log π_θ − log π_dpo)(y_t) its KL
-    from π_dpo, in nats a response.
+    them: the teacher's reward, β0·Σ_t (log π_dpo − log π_base)(y_t). On the policy's own responses two more come
+    free: −log π_θ(y_t) estimates its entropy, in nats a token, and Σ_t (log π_θ − log π_dpo)(y_t) its KL from
+    π_dpo, in nats a response.
     """
     teacher_hidden = teacher.hidden(batch)  # before the policy's own pass: on two devices they overlap
 
@@ -381,7 +394,7 @@ def align(args: Args) -> dict:
 
     # π_θ: distilled from the extrapolated teacher on its own responses, or on the chosen ones
     folders = {"reference": reference, "dpo": dpo, "reverse_dpo": reverse_dpo}
-    teacher = Teacher(args, lambda name: load_frozen(run, folders[name]))
+    teacher = Teacher(args, lambda name: load_frozen(run, folders[name], run.teacher_device))
     on_policy = not args.off_policy
     folders["policy"] = train(
         run, "policy", start=folders[args.init_from], pairs=train_pairs,
@@ -390,6 +403,7 @@ def align(args: Args) -> dict:
         learning_rate=args.distill_learning_rate, epochs=args.distill_epochs,
     )  # fmt: skip
 
+    del teacher  # its memory is the evaluation's
     return evaluate(run, folders, test_pairs) if run.rank == 0 else {}
 
 
@@ -435,31 +449,31 @@ def train(
             sum_gradients(run, lm.model)
 
             grad_norm = torch.nn.utils.clip_grad_norm_(lm.model.parameters(), args.max_grad_norm)
-            optimizer.param_groups[0]["lr"] = learning_rate * warmup_then_decay(
-                step, steps, args.warmup_ratio
-            )
+            rate = learning_rate * warmup_then_decay(step, steps, args.warmup_ratio)
+            optimizer.param_groups[0]["lr"] = rate
             optimizer.step()
             optimizer.zero_grad()
 
-            weight_norm = torch.nn.utils.get_total_norm(list(lm.model.parameters()))
+            weight_norm = torch.nn.utils.get_total_norm(list(lm.model.parameters())).item()
             line = means_over_ranks(run, sums, batch_size)
             line["grad_norm"] = grad_norm.item()
-            if not all(map(math.isfinite, [*line.values(), weight_norm.item()])):
+            if not all(map(math.isfinite, [*line.values(), weight_norm])):
                 records = sorted(row["record"] for row in rows)
-                raise BadInput(
-                    f"{stage}: not finite at step {step + 1} (records {records}): loss {line['loss']}, gradient norm "
-                    f"{line['grad_norm']}; look at these records or lower the learning rate"
-                )
+                norms = f"loss {line['loss']}, gradient norm {line['grad_norm']}, weights' norm {weight_norm}"
+                where = f"{stage}: not finite at step {step + 1} (records {records})"
+                raise BadInput(f"{where}: {norms}; look at these records or lower the learning rate")
             bar.set_postfix_str(", ".join(f"{name} {line[name]:.3g}" for name in line if name != "tokens"))
             line["tokens"] = round(line["tokens"] * batch_size)
-            line["learning_rate"] = optimizer.param_groups[0]["lr"]
+            line["learning_rate"] = rate
             line["tokens_per_s"] = round(line["tokens"] / (time.time() - began))
-            line["peak_memory_gb"] = round(peak_memory(run.device), 3)
+            if run.device.type == "cuda":
+                line["peak_memory_gb"] = round(torch.cuda.max_memory_allocated(run.device) / 1e9, 3)
             if run.rank == 0:
                 with open(run.out / "metrics.jsonl", "a") as file:
                     file.write(json.dumps({"stage": stage, "step": step + 1, **line}) + "\n")
                 if (step + 1) % args.sample_steps == 0:
-                    (tokens,) = sample(run, lm, [rows[0]["prompt"]], most=64)
+                    most = min(64, args.max_length - args.max_prompt_length)
+                    (tokens,) = sample(run, lm, [rows[0]["prompt"]], most)
                     prompt, response = run.tokenizer.batch_decode([rows[0]["prompt"], tokens])
                     run.say(f"{stage}, step {step + 1}: {printable(prompt[-60:])} → {printable(response)}")
             if (step + 1) % args.save_steps == 0:
@@ -505,11 +519,11 @@ def chosen_responses(run: Run, lm: LM, rows: list) -> tuple[list, dict]:
 
 
 def both_responses(run: Run, lm: LM, rows: list) -> tuple[list, dict]:
-    """The pairs, with log π_ref of each response: DPO."""
+    """The pairs, with log π_ref of each response where it is known: DPO."""
     examples = []
     for row in rows:
-        chosen = Response(row["prompt"], row["chosen"], row["ref_chosen"])
-        rejected = Response(row["prompt"], row["rejected"], row["ref_rejected"])
+        chosen = Response(row["prompt"], row["chosen"], row.get("ref_chosen", 0.0))
+        rejected = Response(row["prompt"], row["rejected"], row.get("ref_rejected", 0.0))
         examples.append([chosen, rejected])
     return examples, {}
 
@@ -539,24 +553,21 @@ def sample(run: Run, lm: LM, prompts: list, most: int | None = None) -> list:
     and padded on the left. The random state is torch's global one: seed it to get the same responses.
     """
     most = most or run.args.max_length - run.args.max_prompt_length
-    pure = transformers.GenerationConfig(
+    config = transformers.GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=most, eos_token_id=run.stop_ids,
         pad_token_id=run.tokenizer.pad_token_id,
     )  # fmt: skip
-    # generate() fills what `pure` leaves unset from the checkpoint's own config (a repetition penalty, say)
-    checkpoint_config, lm.model.generation_config = lm.model.generation_config, pure
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     outputs = [None] * len(prompts)
     for start in range(0, len(order), run.args.sampling_batch_size):
         group = order[start : start + run.args.sampling_batch_size]
         padded = run.tokenizer.pad(
             {"input_ids": [prompts[i] for i in group]}, padding_side="left", return_tensors="pt"
-        ).to(run.device)
-        output = lm.model.generate(**padded, generation_config=pure)
+        ).to(lm.model.device)
+        output = lm.generate(padded.input_ids, padded.attention_mask, config)
         for i, tokens in zip(group, output[:, padded.input_ids.shape[1] :].tolist()):
             ends = [t + 1 for t, token in enumerate(tokens) if token in run.stop_ids]
             outputs[i] = tokens[: ends[0]] if ends else tokens
-    lm.model.generation_config = checkpoint_config
     return outputs
 
 
@@ -609,15 +620,18 @@ def collate(examples: list, pad_id: int, device="cpu") -> Batch:
     states = torch.tensor(states)
     lengths = torch.tensor([len(response.tokens) for response in responses])
     owner = torch.arange(len(responses)).repeat_interleave(lengths)
-    return Batch(
-        input_ids=input_ids.to(device),
-        states=states.to(device),
-        targets=input_ids.flatten()[states + 1].to(device),
-        response=owner.to(device),
-        weights=(1 / lengths)[owner].to(device),
-        lengths=lengths.to(device),
-        ref_logps=torch.tensor([response.ref_logps for response in responses]).to(device),
+    batch = Batch(
+        input_ids=input_ids,
+        states=states,
+        targets=input_ids.flatten()[states + 1],
+        response=owner,
+        weights=(1 / lengths)[owner],
+        lengths=lengths,
+        ref_logps=torch.tensor([response.ref_logps for response in responses]),
     )
+    if torch.device(device).type == "cuda":  # from pinned memory, or the copies wait for all earlier work
+        batch = Batch(**{name: tensor.pin_memory() for name, tensor in vars(batch).items()})
+    return Batch(**{name: tensor.to(device, non_blocking=True) for name, tensor in vars(batch).items()})
 
 
 def micro_batches(run: Run, examples: list):
@@ -629,9 +643,10 @@ def micro_batches(run: Run, examples: list):
     width = [max(map(len, example)) for example in examples]
     groups = []
     for i in sorted(range(len(examples)), key=lambda i: -width[i]):
-        fits = groups and (len(groups[-1]) + 1) * len(examples[i]) * width[groups[-1][0]]
-        if groups and fits <= run.args.tokens_per_micro_batch:
-            groups[-1].append(i)
+        last = groups[-1] if groups else []
+        tokens = (len(last) + 1) * len(examples[i]) * width[(last or [i])[0]]  # padded, with this one
+        if last and tokens <= run.args.tokens_per_micro_batch:
+            last.append(i)
         else:
             groups.append([i])
     for group in groups:
@@ -641,23 +656,18 @@ def micro_batches(run: Run, examples: list):
 class LM:
     """A Hugging Face causal LM as two maps: `hidden` (tokens → hidden states) and `logits` (hidden states → logits).
 
-    With `head_device` the output head is copied to that device and hidden states are sent there: a teacher on a
-    device of its own moves hidden-size numbers a state instead of vocabulary-size ones.
+    With `head_device` the output head is copied to that device, and hidden states are sent there chunk by chunk: a
+    teacher on a device of its own moves hidden-size numbers a state instead of vocabulary-size ones.
     """
 
     def __init__(self, model, chunk_size: int = 512, head_device=None, gradient_checkpointing: bool = False):
-        self.model, self.chunk_size, self.head_device = (
-            model.eval(),
-            chunk_size,
-            head_device,
-        )  # eval: no dropout
+        self.model, self.chunk_size = model.eval(), chunk_size  # eval: no dropout, ever
         self.head = model.get_output_embeddings()
         if head_device is not None and head_device != self.head.weight.device:
             self.head = copy.deepcopy(self.head).to(head_device)
         config = model.config.get_text_config()
-        self.scale = (getattr(config, "logit_scale", None) or 1.0) / (
-            getattr(config, "logits_scaling", None) or 1.0
-        )
+        self.scale = getattr(config, "logit_scale", None) or 1.0
+        self.scale /= getattr(config, "logits_scaling", None) or 1.0
         self.softcap = getattr(config, "final_logit_softcapping", None)
         self.checkpointed = []
         if gradient_checkpointing:
@@ -672,9 +682,8 @@ class LM:
             if hasattr(layer, "config"):  # a copy: the model's own config is saved with it
                 layer.config = copy.deepcopy(layer.config)
             for owner in (layer, getattr(layer, "config", layer)):
-                for name, value in vars(owner).items():
-                    if "drop" in name and isinstance(value, float):
-                        setattr(owner, name, 0.0)
+                rates = [name for name, value in vars(owner).items() if "drop" in name and isinstance(value, float)]
+                vars(owner).update(dict.fromkeys(rates, 0.0))
 
     @contextlib.contextmanager
     def checkpointing(self):
@@ -695,17 +704,26 @@ class LM:
         hidden = self.model.base_model(
             input_ids=batch.input_ids.to(device), use_cache=False
         ).last_hidden_state
-        hidden = hidden.flatten(0, 1).index_select(0, batch.states.to(device))
-        return hidden if self.head_device is None else hidden.to(self.head_device, non_blocking=True)
+        return hidden.flatten(0, 1).index_select(0, batch.states.to(device))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, hidden size) → (n, V), scaled and capped as the model itself does."""
-        logits = self.head(hidden).float()
+        logits = self.head(hidden.to(self.head.weight.device, non_blocking=True)).float()
         if self.scale != 1:
             logits = logits * self.scale
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits
+
+    def generate(self, input_ids: Tensor, attention_mask: Tensor, config):
+        """model.generate() by `config` alone. Prompts (B, T) are padded on the left, where the mask is 0.
+
+        What `config` leaves unset, generate() would take from the checkpoint's own config (a repetition penalty, say).
+        """
+        checkpoint_config, self.model.generation_config = self.model.generation_config, config
+        output = self.model.generate(input_ids, attention_mask=attention_mask, generation_config=config)
+        self.model.generation_config = checkpoint_config
+        return output
 
     def chunks(self, hidden: Tensor) -> list:
         """Slices of at most `chunk_size` states that cover hidden (N, hidden size)."""
@@ -771,11 +789,8 @@ def load_pairs(run: Run) -> tuple:
         cut = max(1, round(0.1 * len(numbers)))
         run.say(f"{args.dataset} has no test split: {cut:,} of {len(numbers):,} records are held out")
         held_out, numbers, test_records = sorted(numbers[:cut]), sorted(numbers[cut:]), train_records
-    train_pairs = encode(run, train_records, numbers[: args.limit])
-    test_pairs = encode(run, test_records, held_out[: args.eval_pairs])
-    for pairs, use in ((train_pairs, "train"), (test_pairs, "evaluate")):
-        if len(pairs) == 0:
-            raise BadInput(f"--dataset {args.dataset}: no usable pair to {use} on; add pairs")
+    train_pairs = encode(run, train_records, numbers[: args.limit], use="train")
+    test_pairs = encode(run, test_records, held_out[: args.eval_pairs], use="evaluate")
     return train_pairs, test_pairs
 
 
@@ -793,10 +808,8 @@ def read_records(args: Args) -> tuple:
     if name.lower().endswith(".jsonl"):
         check_json_lines(name)
     if kind == "csv":  # as text, or pandas takes "NA" for a missing value
-        options = {
-            "converters": dict.fromkeys(("prompt", "chosen", "rejected"), str),
-            "keep_default_na": False,
-        }
+        as_text = dict.fromkeys(("prompt", "chosen", "rejected"), str)
+        options = {"converters": as_text, "keep_default_na": False}
     with using(f"--dataset {name} cannot be read", f"datasets/{name}"):
         if kind:
             splits = datasets.load_dataset(kind, data_files=name, **options)
@@ -805,9 +818,7 @@ def read_records(args: Args) -> tuple:
     train_split, test_split = choose_splits(args, list(splits))
     columns = splits[train_split].column_names
     if not {"chosen", "rejected"} <= set(columns):
-        raise BadInput(
-            f"--dataset {name}: needs the columns 'chosen' and 'rejected', has {columns}; rename them"
-        )
+        raise BadInput(f"--dataset {name} lacks the columns 'chosen' and 'rejected', it has {columns}; rename")
     return splits[train_split], splits.get(test_split)
 
 
@@ -828,6 +839,8 @@ def load_needed_splits(args: Args):
     import datasets
 
     name, _, config = args.dataset.partition(":")
+    if not os.path.isdir(name):  # says why it cannot be had, where it cannot: gated, private, no hub
+        fetch(name, repo_type="dataset", allow_patterns="README.md")
     builder = datasets.load_dataset_builder(name, config or None)
     files = builder.config.data_files
     if not files:  # an offline machine, which has what it has in its cache
@@ -842,23 +855,28 @@ def choose_splits(args: Args, names: list) -> tuple:
     if not train_split:
         train_split = "train_prefs" if "train_prefs" in names else "train"
     if not test_split:
-        test_split = next((name for name in ("test_prefs", "test") if name in names), None)
+        usual = [name for name in ("test_prefs", "test") if name in names and name != train_split]
+        test_split = usual[0] if usual else None
     for flag, split in (("train_split", train_split), ("test_split", test_split)):
         if split and split not in names:
             raise BadInput(f"--{flag} {split}: {args.dataset} has only {', '.join(names)}; name one of these")
     return train_split, test_split
 
 
-def encode(run: Run, records, numbers: list):
+def encode(run: Run, records, numbers: list, use: str):
     """Tokenize records[numbers]; leave out pairs of no use, cut long ones, and say how many."""
     options = {"keep_in_memory": True, "load_from_cache_file": False}
-    records = records.select(numbers).add_column("record", numbers)
-    texts = records.map(partial(render, run), remove_columns=records.column_names, desc="reading", **options)
-    tokens = texts.map(partial(tokenize, run), batched=True, desc="tokenizing", **options)
-    pairs = tokens.select([i for i, usable in enumerate(tokens["usable"]) if usable])
+    columns = [name for name in ("prompt", "chosen", "rejected") if name in records.column_names]
+    pairs = records.select_columns(columns).select(numbers).add_column("record", numbers)
+    pairs = pairs.map(partial(render, run), remove_columns=pairs.column_names, desc="reading", **options)
+    if numbers:
+        pairs = pairs.map(partial(tokenize, run), batched=True, desc="tokenizing", **options)
+        pairs = pairs.select([i for i, usable in enumerate(pairs["usable"]) if usable])
+    if len(pairs) == 0:
+        raise BadInput(f"--dataset {run.args.dataset}: no usable pair to {use} on; add pairs")
     run.say(
-        f"{run.args.dataset}: {len(pairs):,} pairs; left out {len(tokens) - len(pairs)} with an empty response, identical "
-        f"responses or different prompts; cut {sum(pairs['cut'])} to the length limits"
+        f"{run.args.dataset}: {len(pairs):,} pairs to {use} on, {sum(pairs['cut'])} of them cut to the length limits; "
+        f"left out {len(numbers) - len(pairs)} with an empty response, identical responses or different prompts"
     )
     return pairs.remove_columns(["usable", "cut", "text"])
 
@@ -870,7 +888,7 @@ def render(run: Run, record: dict) -> dict:
         text = render_prompt(prompt, chosen, run.tokenizer)
     except Exception as error:  # ours, or whatever the model's chat template raises
         place = f"{run.args.dataset}, record {record['record']} (the first is 0)"
-        raise BadInput(f"{place}: {first_line(error)}; mend or remove it") from error
+        raise BadInput(f"{place}: {one_line(error)}; mend or remove it") from error
     if isinstance(prompt, list):
         prompt = "\n\n".join(message["content"] for message in prompt)
     return {
@@ -889,12 +907,15 @@ def tokenize(run: Run, columns: dict) -> dict:
     texts = (columns["text"], columns["chosen"], columns["rejected"])
     ids = [run.tokenizer(column, add_special_tokens=False).input_ids for column in texts]
     for prompt, chosen, rejected in zip(*ids):
-        prompt = run.first_ids + prompt or stop  # an empty prompt still needs a state to predict from
-        room = args.max_length - min(len(prompt), args.max_prompt_length)
-        found["prompt"].append(prompt[-args.max_prompt_length :])
+        most = args.max_prompt_length - len(run.first_ids)
+        long_prompt, prompt = len(prompt) > most, run.first_ids + prompt[-most:]
+        if not prompt:  # an empty prompt still needs a state to predict from
+            prompt = stop
+        room = args.max_length - len(prompt)
+        found["prompt"].append(prompt)
         found["chosen"].append((chosen + stop)[:room])
         found["rejected"].append((rejected + stop)[:room])
-        found["cut"].append(len(prompt) > args.max_prompt_length or max(len(chosen), len(rejected)) >= room)
+        found["cut"].append(long_prompt or max(len(chosen), len(rejected)) >= room)
         found["usable"].append((chosen + stop)[:room] != (rejected + stop)[:room])
     for i, (chosen, rejected) in enumerate(zip(columns["chosen"], columns["rejected"])):
         found["usable"][i] &= bool(chosen.strip() and rejected.strip())
@@ -920,9 +941,12 @@ def split_record(record: dict) -> tuple:
         before, answer, other = chosen[:-1], chosen[-1]["content"], rejected[-1]["content"]
         if before != rejected[:-1]:
             other = ""
-        given = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
-        repeated = before[: len(given)] == given or isinstance(prompt, str)
-        return (before if before and repeated else given + before), answer, other
+        if isinstance(prompt, list):
+            repeated = before[: len(prompt)] == prompt
+        else:
+            repeated = len(before) > 0 and before[0]["role"] != "assistant"
+            prompt = [{"role": "user", "content": prompt}] if prompt else []
+        return (before if repeated else prompt + before), answer, other
     if prompt is None:  # implicit: the longest common prefix, cut back to a word boundary
         prompt = os.path.commonprefix([chosen, rejected])
         if not all(text[len(prompt) :][:1].strip() == "" for text in (chosen, rejected)):
@@ -933,18 +957,12 @@ def split_record(record: dict) -> tuple:
 
 def checked(value, key: str):
     """The value of a field, if it is text, missing, or a list of messages, of which role and content are kept."""
-    if not isinstance(value, list):
-        if isinstance(value, (str, type(None))):
-            return value
-        raise ValueError(f"field '{key}' is {type(value).__name__}: it must be text or a list of messages")
-    messages = []
-    for message in value:
-        if not isinstance(message, dict) or not all(
-            isinstance(message.get(k), str) for k in ("role", "content")
-        ):
-            raise ValueError(f"field '{key}' holds a message without the texts 'role' and 'content'")
-        messages.append({"role": message["role"], "content": message["content"]})
-    return messages
+    if value is None or isinstance(value, str):
+        return value
+    try:
+        return [{"role": message["role"] + "", "content": message["content"] + ""} for message in value]
+    except (TypeError, KeyError):
+        raise ValueError(f"field '{key}' is neither text nor a list of messages with role and content") from None
 
 
 def messages_of(transcript: str) -> list:
@@ -1102,9 +1120,7 @@ def pair_logps(run: Run, lm: LM, pairs, title: str) -> Tensor:
     logps = torch.zeros(len(pairs), 2, device=run.device)
     for start in run.bar(range(0, len(pairs), 64), title, leave=False):
         rows = pairs.select(range(start, min(start + 64, len(pairs)))).to_list()
-        examples = [
-            [Response(row["prompt"], row["chosen"]), Response(row["prompt"], row["rejected"])] for row in rows
-        ]
+        examples, _ = both_responses(run, lm, rows)
         for group, batch in micro_batches(run, examples):
             sums = response_sums(state_logps(lm, batch, lm.hidden(batch)), batch)
             logps[[start + i for i in group]] = sums.view(2, -1).T
@@ -1128,9 +1144,8 @@ def add_reference_logps(run: Run, reference: str, pairs):
         if run.rank == 0:
             with written_aside(path) as aside:
                 torch.save(logps, aside)
-    return pairs.add_column("ref_chosen", logps[:, 0].tolist()).add_column(
-        "ref_rejected", logps[:, 1].tolist()
-    )
+    pairs = pairs.add_column("ref_chosen", logps[:, 0].tolist())
+    return pairs.add_column("ref_rejected", logps[:, 1].tolist())
 
 
 def evaluate(run: Run, folders: dict, test_pairs) -> dict:
@@ -1171,8 +1186,8 @@ def evaluate(run: Run, folders: dict, test_pairs) -> dict:
         run.say("\n" + table.to_string(float_format="{:.3f}".format))
     for i in range(min(3, len(rows))):
         run.say(f"\n> {printable(rows[i]['instruction'])}")
-        for sample in public[i :: len(rows)]:
-            run.say(f"{sample['generator']:>11}: {printable(sample['output'])}")
+        for row in public[i :: len(rows)]:
+            run.say(f"{row['generator']:>11}: {printable(row['output'])}")
     run.say(f"\nmodels, metrics, samples and results are in {run.out}")
     return results
 
@@ -1195,16 +1210,15 @@ def sample_and_score(run: Run, lms: dict, name: str, rows: list):
         for chunk in lms[name].chunks(batch.targets):
             tokens = batch.targets[chunk]
             z = {key: lm.logits(hidden[key][chunk]) for key, lm in lms.items()}
-            reward = implicit_reward(
-                token_logps(z["dpo"], tokens), token_logps(z["reverse_dpo"], tokens), run.args.beta
-            )
+            dpo_logps, reverse_logps = (token_logps(z[key], tokens) for key in ("dpo", "reverse_dpo"))
+            reward = implicit_reward(dpo_logps, reverse_logps, run.args.beta)
             entropy = torch.distributions.Categorical(logits=z[name]).entropy() * batch.weights[chunk]
             values = torch.stack([reward, reverse_kl(z[name], z["reference"]), entropy], -1)
             sums.index_add_(0, torch.tensor(group, device=run.device)[batch.response[chunk]], values)
     outputs = run.tokenizer.batch_decode(sampled, skip_special_tokens=True)
-    table = pd.DataFrame(
-        {"instruction": [row["instruction"] for row in rows], "output": outputs, "generator": name}
-    )
+    table = pd.DataFrame({"instruction": [row["instruction"] for row in rows]})
+    table["output"] = outputs
+    table["generator"] = name
     table[["reward", "kl_ref", "entropy"]] = sums.tolist()
     table["length"] = [len(tokens) for tokens in sampled]
     if run.args.dataset == "demo":
@@ -1263,44 +1277,37 @@ def shade(run: Run, teacher: Teacher, response: Response) -> str:
     """A response as HTML: tokens shaded by the teacher's reward, with what the teacher makes of each as a tooltip."""
     batch = collate([[response]], run.tokenizer.pad_token_id, run.device)
     z = teacher.logits(teacher.hidden(batch), slice(None))
-    rewards = implicit_reward(
-        token_logps(z.dpo, batch.targets), token_logps(z.base, batch.targets), run.args.beta
-    )
+    log_ratios = token_logps(z.dpo, batch.targets) - token_logps(z.base, batch.targets)
     best = z.target.softmax(-1).topk(3)
-    spans, text = [], ""
-    for t, reward in enumerate(rewards.tolist()):
+    spans, shown = [], ""
+    for t, log_ratio in enumerate(log_ratios.tolist()):
         first = [f"{run.tokenizer.decode([i])!r} {p:.2f}" for i, p in zip(best.indices[t], best.values[t])]
-        note = html.escape(
-            f"{teacher.reward_name} {reward:+.3f}, α {z.alpha[t]:.3g}, teacher: {', '.join(first)}"
-        )
-        colour = "46,160,67" if reward > 0 else "218,54,51"
-        style = f"background:rgba({colour},{min(1.0, abs(reward) / (2 * run.args.beta)):.2f})"
-        before, text = (
-            text,
-            run.tokenizer.decode(response.tokens[: t + 1]),
-        )  # a character may be of several tokens
-        spans.append(
-            f'<span style="{style}" title="{note}">{html.escape(printable(text[len(before) :]))}</span>'
-        )
+        reward = f"{teacher.reward_name} {run.args.beta * log_ratio:+.3f}"
+        note = html.escape(f"{reward}, α {z.alpha[t]:.3g}, teacher: {', '.join(first)}")
+        colour = "46,160,67" if log_ratio > 0 else "218,54,51"
+        opacity = min(1.0, abs(log_ratio) / 2)
+        text = run.tokenizer.decode(response.tokens[: t + 1])
+        new = "" if text.endswith("\ufffd") else text[len(shown) :]  # a character may be of several tokens
+        shown += new
+        new = html.escape(printable(new))
+        spans.append(f'<span style="background:rgba({colour},{opacity:.2f})" title="{note}">{new}</span>')
     return "".join(spans)
 
 
-UNDRAWN = ["grad_norm", "tokens", "learning_rate", "tokens_per_s", "peak_memory_gb"]
+UNDRAWN = ["stage", "grad_norm", "tokens", "learning_rate", "tokens_per_s", "peak_memory_gb"]
 
 
 def curves_svg(path: Path) -> str:
     """The metrics of every stage, a figure of small charts each, as SVG: means of nine steps around each step."""
-    import matplotlib
+    import matplotlib.pyplot
     import pandas as pd
 
-    matplotlib.use("svg")
     page = io.StringIO()
     for stage, lines in pd.read_json(path, lines=True).groupby("stage", sort=False) if path.exists() else []:
-        lines = lines.set_index("step").dropna(axis=1).drop(columns=["stage", *UNDRAWN])
+        lines = lines.set_index("step").dropna(axis=1).drop(columns=UNDRAWN, errors="ignore")
         means = lines.rolling(9, center=True, min_periods=1).mean()
-        charts = means.plot(
-            subplots=True, layout=(-1, 4), figsize=(10, 1.8 * math.ceil(means.shape[1] / 4)), fontsize=7
-        )
+        size = (10, 1.8 * math.ceil(means.shape[1] / 4))
+        charts = means.plot(subplots=True, layout=(-1, 4), figsize=size, fontsize=7)
         charts[0, 0].figure.suptitle(stage)
         charts[0, 0].figure.savefig(page, format="svg", transparent=True)
         matplotlib.pyplot.close()
@@ -1326,6 +1333,7 @@ def set_up(args: Args) -> tuple:
     transformers.logging.set_verbosity_error()  # errors are told in one line here; the bars of downloads stay
     transformers.logging.disable_progress_bar()
     huggingface_hub.utils.enable_progress_bars()
+    huggingface_hub.utils.logging.set_verbosity_error()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     if run.rank > 0:
         datasets.disable_progress_bars()
@@ -1337,9 +1345,7 @@ def set_up(args: Args) -> tuple:
 
     lm, tokenizer = load_lm(run, args.model), load_tokenizer(args.model)
     if tokenizer.eos_token_id is None:
-        raise BadInput(
-            f"model {args.model}: its tokenizer has no end-of-sequence token to end responses with; set one"
-        )
+        raise BadInput(f"model {args.model}: its tokenizer has no end-of-sequence token; set one")
     run.tokenizer, run.stop_ids = tokenizer, stop_tokens(tokenizer, lm.model.generation_config)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -1348,16 +1354,12 @@ def set_up(args: Args) -> tuple:
     for folder in filter(None, (args.dpo, args.reverse_dpo)):
         same_size = load_lm(run, folder).head.weight.shape == lm.head.weight.shape
         if not same_size or load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
-            raise BadInput(
-                f"teacher {folder}: its vocabulary or tokenizer is not that of {args.model}; use one that is"
-            )
+            raise BadInput(f"teacher {folder}: its vocabulary or tokenizer is not the model's; use one that is")
     fill_in(run, lm.model.config.get_text_config())
 
     train_pairs, test_pairs = load_pairs(run)
     if min(args.batch_size, len(train_pairs)) < run.world:
-        raise BadInput(
-            f"{run.world} processes for a batch of {min(args.batch_size, len(train_pairs))} pairs; use fewer"
-        )
+        raise BadInput(f"{run.world} processes for a batch of fewer pairs; use fewer")
     open_output(run, train_pairs, test_pairs)
     return run, train_pairs, test_pairs
 
@@ -1368,37 +1370,30 @@ def check_settings(args: Args) -> None:
         if type(value) in (int, float):
             may_be_0 = name in ("alpha", "alpha_r", "warmup_ratio", "seed")
             if not 0 <= value < math.inf or (value == 0 and not may_be_0):
-                raise BadInput(
-                    f"--{name} is {value}: it must be {'at least 0' if may_be_0 else 'positive'} and finite"
-                )
+                least = "at least 0" if may_be_0 else "positive"
+                raise BadInput(f"--{name} is {value}: it must be {least} and finite")
     if args.warmup_ratio > 1:
         raise BadInput(f"--warmup_ratio is {args.warmup_ratio}: it is a part of the steps, at most 1")
     if args.alpha == 0 and args.reward == "vanilla":
-        raise BadInput(
-            "--alpha 0 --reward vanilla would distil the reference into itself: use --reward contrastive"
-        )
+        raise BadInput("--alpha 0 --reward vanilla distils the reference into itself: use contrastive")
     if args.model == "demo" and args.dataset != "demo":
-        raise BadInput(
-            f"--model demo only knows the words of the demo: give a --model for --dataset {args.dataset}"
-        )
+        raise BadInput(f"--model demo knows the words of the demo only: name a model for {args.dataset}")
 
 
 def fill_in(run: Run, config) -> None:
     """Fill in every default that depends on the model. Raises BadInput for lengths that cannot be."""
-    args, positions = run.args, getattr(config, "max_position_embeddings", None) or sys.maxsize
+    args = run.args
+    known = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len", "n_positions")]
+    positions = next((number for number in known if number and number > 0), sys.maxsize)
     if args.max_length is None:
         args.max_length = min(2048, positions)
         if positions < 2048:
             run.say(f"max_length is lowered from 2048 to the model's {positions} positions")
     if args.max_length > positions:
-        raise BadInput(
-            f"--max_length {args.max_length} is more than the {positions} positions of the model; lower it"
-        )
+        raise BadInput(f"--max_length {args.max_length} is more than the model's {positions} positions")
     args.max_prompt_length = args.max_prompt_length or args.max_length // 2
     if args.max_length - args.max_prompt_length < 2:
-        raise BadInput(
-            f"--max_length {args.max_length} leaves no room for a response after --max_prompt_length; lower that"
-        )
+        raise BadInput(f"--max_length {args.max_length} leaves no room behind --max_prompt_length; lower that")
     if args.alpha_r is None:
         args.alpha_r = 20.0 if args.off_policy else 30.0
     if args.sft is None:
@@ -1418,19 +1413,18 @@ def open_output(run: Run, train_pairs, test_pairs) -> None:
         there = [path.name for path in run.out.glob("[!.]*")] if run.out.exists() else []
         saved = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
         if there and "data" not in saved:
-            raise BadInput(
-                f"output folder {run.out} holds {there[0]} and no run of this script; choose another"
-            )
+            raise BadInput(f"output folder {run.out} holds {there[0]} and no run of this script; choose another")
         for name in settings:
             if saved and name not in FREE_SETTINGS and saved.get(name) != settings[name]:
                 change = f"{name} {saved.get(name)} → {settings[name]}"
-                raise BadInput(
-                    f"{run.out} is of a run with other settings ({change}); delete it or choose another"
-                )
+                raise BadInput(f"{run.out} is of a run with other settings ({change}); choose another")
         if run.rank == 0:
             run.out.mkdir(parents=True, exist_ok=True)
-            run.lock = filelock.FileLock(run.out / ".lock")
-            run.lock.acquire(blocking=False)
+            run.lock = filelock.FileLock(run.out / ".lock", is_singleton=True)
+            try:
+                run.lock.acquire(blocking=False)
+            except filelock.Timeout:
+                raise BadInput(f"another process writes into {run.out}: wait for it, or choose another folder") from None
     if not saved:
         write_json(run, config, settings)
     run.barrier()
@@ -1504,14 +1498,6 @@ def fingerprint(pairs, model=None) -> int:
     return crc
 
 
-def peak_memory(device: torch.device) -> float:
-    """Peak memory in GB since the process began: the GPU's, or on other devices that of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
 # Models
 
 
@@ -1522,12 +1508,24 @@ def fetch_model(name: str) -> str:
     if not os.path.isdir(name):
         wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
         with using(f"model {name} cannot be had", name):
-            folder = huggingface_hub.snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"])
+            folder = fetch(name, allow_patterns=wanted, ignore_patterns="*/*")
     if not any(Path(folder).glob("*.safetensors")):
-        raise BadInput(
-            f"model {name} has no safetensors file: load it, save it with save_pretrained, and name that"
-        )
+        raise BadInput(f"model {name}: no safetensors file in {folder}; convert it with save_pretrained, and name that")
     return folder
+
+
+def fetch(name: str, **options) -> str:
+    """The local folder of a hub repository. Asks again where the hub says that it is busy or broken (429, 500, 503)."""
+    download = partial(huggingface_hub.snapshot_download, name, tqdm_class=tqdm, **options)
+    for pause in (1, 2, 4, 8):
+        try:
+            return download()
+        except hub_errors.LocalEntryNotFoundError as error:
+            if not isinstance(error.__cause__, hub_errors.HfHubHTTPError):
+                raise  # no answer at all: a refused connection, an unknown host
+            tqdm.write(f"the hub answers {error.__cause__.response.status_code}; trying again in {pause} s")
+            time.sleep(pause)
+    return download()
 
 
 def load_tokenizer(name: str):
@@ -1548,6 +1546,7 @@ def load_lm(run: Run, name: str, gradient_checkpointing: bool = False, device=No
         else:
             model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
         check_logits(LM(model), name)
+        check_sampling(LM(model), name)
         return LM(model.to(device or run.device), run.args.chunk_size, run.device, gradient_checkpointing)
 
 
@@ -1560,14 +1559,28 @@ def check_logits(lm: LM, name: str) -> None:
     if not own.isfinite().all():
         raise BadInput(f"model {name}: its logits are not finite; its weights are broken")
     if not torch.allclose(ours, own, rtol=1e-4, atol=1e-4 * own.abs().max().item()):
-        raise BadInput(
-            f"model {name}: its logits are not head(body(tokens)), so it is not supported; choose another"
-        )
+        raise BadInput(f"model {name} is not supported: its logits are not head(body(tokens)); choose another")
 
 
-def load_frozen(run: Run, name: str) -> LM:
-    """A model that is not trained, on the teachers' device."""
-    lm = load_lm(run, name, device=run.teacher_device)
+@torch.no_grad()
+def check_sampling(lm: LM, name: str) -> None:
+    """Raise BadInput unless generate(), with its cache and left padding, draws from the model's own distribution."""
+    prompts, mask = torch.tensor([[0, 0, 0, 3, 4], [5, 6, 7, 8, 9]]), torch.tensor([[0, 0, 0, 1, 1], [1] * 5])
+    config = transformers.GenerationConfig(
+        do_sample=False, max_new_tokens=3, pad_token_id=0, output_logits=True, return_dict_in_generate=True
+    )
+    output = lm.generate(prompts, mask, config)
+    sampled = torch.stack(output.logits, 1).float().log_softmax(-1)
+    for ids, logps, padding in zip(output.sequences, sampled, (3, 0)):
+        own = lm.model(input_ids=ids[None, padding:-1], use_cache=False).logits[0, -3:].float()
+        difference = logps.gather(-1, ids[-3:, None])[:, 0] - token_logps(own, ids[-3:])
+        if not difference.abs().max() < 1e-2:
+            raise BadInput(f"model {name} is not supported: generate() departs from its own distribution")
+
+
+def load_frozen(run: Run, name: str, device=None) -> LM:
+    """A model that is not trained."""
+    lm = load_lm(run, name, device=device)
     lm.model.requires_grad_(False)
     lm.head.requires_grad_(False)
     return lm
@@ -1580,7 +1593,7 @@ def load_frozen(run: Run, name: str) -> LM:
 def written_aside(path: Path):
     """Give another path to write to; then flush what was written there and rename it to `path`."""
     aside = path.with_name(f".{path.name}.partial")
-    try:
+    with using(f"{path} cannot be written: make room and run the same command"):
         if aside.is_dir():
             shutil.rmtree(aside)
         yield aside
@@ -1589,12 +1602,6 @@ def written_aside(path: Path):
                 with open(file, "rb") as written:
                     os.fsync(written.fileno())
         os.replace(aside, path)
-    except (
-        Exception
-    ) as error:  # a full disk is an OSError to us, a RuntimeError to torch, its own to safetensors
-        raise BadInput(
-            f"{path} cannot be written ({first_line(error)}); make room and run the same command"
-        ) from error
 
 
 def write_json(run: Run, path: Path, content) -> None:
@@ -1677,21 +1684,20 @@ def using(what: str, hub_path: str = ""):
 
 def reason(error: BaseException, hub_path: str) -> str:
     """Why an error was raised, in one line, looked for in what caused it."""
-    causes = [error]
-    while causes[-1].__cause__ or causes[-1].__context__:
-        causes.append(causes[-1].__cause__ or causes[-1].__context__)
-    for cause in causes:
+    cause = error
+    while cause:
         for kind, text in HUB_ANSWERS.items():
             if isinstance(cause, kind):
                 return text.format(page=f"{huggingface_hub.constants.ENDPOINT}/{hub_path}")
         if isinstance(cause, hub_errors.HfHubHTTPError) and cause.response.status_code == 401:
             return "token refused: log in anew, or unset HF_TOKEN"
-    return first_line(causes[-1])
+        error, cause = cause, cause.__cause__
+    return one_line(error)
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its kind if it has none."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+def one_line(error: BaseException) -> str:
+    """The beginning of an error's message as one line, or its kind if it has none."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def main() -> int:
@@ -1702,11 +1708,8 @@ def main() -> int:
     except BadInput as error:
         status, message = 2, str(error)
     except torch.OutOfMemoryError as error:
-        status, message = (
-            2,
-            f"{first_line(error)} Lower --tokens_per_micro_batch or --sampling_batch_size, or use ",
-        )
-        message += "--gradient_checkpointing; the same command goes on from the last checkpoint"
+        status, message = 2, f"{one_line(error)}; lower --tokens_per_micro_batch or --sampling_batch_size, or "
+        message += "use --gradient_checkpointing: the same command goes on from the last checkpoint"
     except KeyboardInterrupt:
         status, message = 130, "stopped; the same command goes on from the last checkpoint"
     finally:
