@@ -1344,6 +1344,8 @@ def set_up(args: Args) -> tuple:
         dist.init_process_group("nccl" if run.device.type == "cuda" else "gloo")
 
     lm, tokenizer = load_lm(run, args.model), load_tokenizer(args.model)
+    with using(f"model {args.model} is not supported: it does not sample"):
+        check_sampling(lm, args.model)
     if tokenizer.eos_token_id is None:
         raise BadInput(f"model {args.model}: its tokenizer has no end-of-sequence token; set one")
     run.tokenizer, run.stop_ids = tokenizer, stop_tokens(tokenizer, lm.model.generation_config)
@@ -1546,7 +1548,6 @@ def load_lm(run: Run, name: str, gradient_checkpointing: bool = False, device=No
         else:
             model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
         check_logits(LM(model), name)
-        check_sampling(LM(model), name)
         return LM(model.to(device or run.device), run.args.chunk_size, run.device, gradient_checkpointing)
 
 
@@ -1565,15 +1566,15 @@ def check_logits(lm: LM, name: str) -> None:
 @torch.no_grad()
 def check_sampling(lm: LM, name: str) -> None:
     """Raise BadInput unless generate(), with its cache and left padding, draws from the model's own distribution."""
-    prompts, mask = torch.tensor([[0, 0, 0, 3, 4], [5, 6, 7, 8, 9]]), torch.tensor([[0, 0, 0, 1, 1], [1] * 5])
+    prompts = torch.tensor([[0, 0, 0, 3, 4], [5, 6, 7, 8, 9]], device=lm.model.device)
     config = transformers.GenerationConfig(
-        do_sample=False, max_new_tokens=3, pad_token_id=0, output_logits=True, return_dict_in_generate=True
+        do_sample=False, max_new_tokens=8, pad_token_id=0, output_logits=True, return_dict_in_generate=True
     )
-    output = lm.generate(prompts, mask, config)
-    sampled = torch.stack(output.logits, 1).float().log_softmax(-1)
-    for ids, logps, padding in zip(output.sequences, sampled, (3, 0)):
-        own = lm.model(input_ids=ids[None, padding:-1], use_cache=False).logits[0, -3:].float()
-        difference = logps.gather(-1, ids[-3:, None])[:, 0] - token_logps(own, ids[-3:])
+    output = lm.generate(prompts, (prompts > 0).long(), config)
+    sampled = torch.stack(output.logits, 1).float()
+    for ids, logits, padding in zip(output.sequences, sampled, (3, 0)):
+        own = lm.model(input_ids=ids[None, padding:-1], use_cache=False).logits[0, -8:].float()
+        difference = token_logps(logits, ids[-8:]) - token_logps(own, ids[-8:])
         if not difference.abs().max() < 1e-2:
             raise BadInput(f"model {name} is not supported: generate() departs from its own distribution")
 

@@ -561,6 +561,75 @@ def test_a_teacher_on_another_device_gives_the_same_numbers():
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Families: what people load, as tiny random models
+# ------------------------------------------------------------------------------------------------------------
+
+SIZES_BY_NAME = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "ffn_dim": 48, "n_embd": 32,
+    "num_hidden_layers": 2, "n_layer": 2, "num_attention_heads": 2, "n_head": 2, "num_key_value_heads": 1,
+    "head_dim": 16, "word_embed_proj_dim": 32, "state_size": 4, "num_local_experts": 4, "num_experts": 4,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24,
+    "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+FAMILIES = {
+    "GPT2": {}, "GPTNeoX": {}, "OPT": {}, "Bloom": {}, "Falcon": {"hidden_dropout": 0.5}, "Phi": {}, "Llama": {},
+    "Mistral": {}, "Mixtral": {}, "Qwen2": {}, "Qwen3": {}, "Qwen2Moe": {}, "Gemma2": {}, "Gemma3Text": {},
+    "Granite": {}, "Cohere": {}, "Mamba": {}, "StableLm": {}, "Olmo2": {}, "SmolLM3": {},
+}  # fmt: skip
+
+
+def tiny_of(family: str):
+    """A random two-layer model of the family, with weights large enough to tell states apart."""
+    config_class = getattr(transformers, f"{family}Config")
+    known = vars(config_class())
+    aliases = config_class.attribute_map
+    sizes = {name: size for name, size in SIZES_BY_NAME.items() if name in known or name in aliases}
+    torch.manual_seed(0)
+    name = {"Gemma3Text": "Gemma3ForCausalLM", "GPT2": "GPT2LMHeadModel"}.get(family, f"{family}ForCausalLM")
+    model = getattr(transformers, name)(config_class(**{**sizes, **FAMILIES[family]}))
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family):
+    """Notices a model whose chunks, left-padded samples or checkpointed layers depart from the model itself."""
+    lm, batch = ad.LM(tiny_of(family), chunk_size=5), ad.collate(singles(), pad_id=0)
+    ad.check_logits(lm, family)
+    ad.check_sampling(lm, family)
+
+    mask, targets = response_mask(batch), batch.input_ids.roll(-1, 1)
+    nll = -ad.token_logps(dense_logits(lm, batch), targets)
+    ((nll * mask).sum(-1) / mask.sum(-1)).sum().backward()
+    expected = gradients(lm.model)
+    lm.model.zero_grad()
+    loss = ad.sft_batch_loss(lm, batch, 1.0)["loss"]
+    assert loss.item() == pytest.approx(((nll * mask).sum(-1) / mask.sum(-1)).sum().item(), rel=1e-5)
+    assert_same_gradients(gradients(lm.model), expected, 1e-4)
+
+    checkpointed = ad.LM(tiny_of(family), chunk_size=5, gradient_checkpointing=True)
+    with checkpointed.checkpointing():
+        ad.sft_batch_loss(checkpointed, batch, 1.0)
+    assert_same_gradients(gradients(checkpointed.model), expected, 1e-4)
+
+    run, prompts = tiny_run(), [[5, 6, 7, 8, 9, 10], [11], [12, 13, 14]]
+    config = transformers.GenerationConfig(
+        do_sample=True, top_k=0, max_new_tokens=4, pad_token_id=0, output_logits=True,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    padded = run.tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+    output = lm.generate(padded.input_ids, padded.attention_mask, config)
+    tokens = output.sequences[:, 6:]
+    sampled = ad.token_logps(torch.stack(output.logits, 1).float(), tokens)
+    responses = [[ad.Response(prompt, row)] for prompt, row in zip(prompts, tokens.tolist())]
+    scored = ad.collate(responses, pad_id=0)
+    logps = ad.state_logps(lm, scored, lm.hidden(scored))
+    assert torch.allclose(sampled.flatten(), logps, atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------------
 # 7  Data
 # ------------------------------------------------------------------------------------------------------------
 
