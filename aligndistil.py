@@ -5,26 +5,20 @@
     python aligndistil.py --model gpt2       # a Hugging Face causal LM on UltraFeedback, the paper's data
     python aligndistil.py --help             # every setting, with what it does
 
-The method (Zhang et al., ACL 2025, arXiv 2503.02832) in four sentences. Train one model by DPO, and a second one by
-DPO with chosen and rejected swapped. Where the two disagree on the next token, their difference is a reward for
-each token of the vocabulary. Extrapolating from the first away from the second gives, at every state, the teacher
-that maximises this reward under a KL penalty; how far depends on how much they disagree. The policy is distilled
-from that teacher on the policy's own samples.
+The method (Zhang et al., ACL 2025, arXiv 2503.02832) in four sentences. Train one model by DPO, and a second
+one by DPO with chosen and rejected swapped. Where the two disagree on the next token, their difference is a
+reward for each token of the vocabulary. Extrapolating from the first away from the second gives, at every
+state, the teacher that maximises this reward under a KL penalty; how far depends on how much they disagree.
+The policy is distilled from that teacher on the policy's own samples.
 
-Where it departs from the authors' code, it follows the paper: the loss covers every response token, the first one
-too; TVD has its factor 1/2 (their beta2 is r/2); models whose vocabularies differ are refused and not cut. What is
-left out: sharded weights (the policy and its optimizer must fit one device) and generation by a separate server.
+Where it departs from the authors' code, it follows the paper: the loss covers every response token, the first
+one too; TVD has its factor 1/2 (their beta2 is r/2); models whose vocabularies differ are refused and not
+cut. Left out: sharded weights (the policy and its optimizer must fit one device) and generation by a separate
+server.
 
-    1  Settings                       the paper's values, and the demo's
-    2  The mathematics                pure functions, Eq. 4 to 17
-    3  The losses and the teacher     SFT, DPO (Eq. 4), distillation (Eq. 17 to 19)
-    4  The algorithm                  align: the stages in order
-    5  The training loop              one for all stages; what a step trains on (Eq. 18, 19); sampling
-    6  A language model taken apart   hidden states first, then the vocabulary, a chunk of states at a time
-    7  Data                           every preference format, down to token ids
-    8  The demo world                 reviews whose true token rewards are known
-    9  Evaluation and report          what the policy gained, and what it paid in KL
-    10 The run                        devices, processes, files, checks, errors
+Sections: 1 settings, 2 the mathematics, 3 the losses and the teacher, 4 the algorithm (align), 5 the training
+loop, 6 a language model taken apart, 7 data, 8 the demo world, 9 evaluation and report, 10 the run. The
+method is 1 to 6.
 """
 
 from __future__ import annotations
@@ -69,7 +63,7 @@ from tqdm import tqdm
 class Args:
     # what to run
     model: str = "demo"  # hub id or local folder of a causal LM; 'demo' is built in, with a preset
-    dataset: str = "HuggingFaceH4/ultrafeedback_binarized"  # pairs: hub id, id:config, folder, file, or 'demo'
+    dataset: str = "HuggingFaceH4/ultrafeedback_binarized"  # hub id, id:config, folder, file or 'demo'
     train_split: str | None = None  # split to train on (train_prefs, or else train)
     test_split: str | None = None  # split to evaluate on (test_prefs, test, or a tenth held out)
     limit: int | None = None  # train on the first so many records (all)
@@ -118,7 +112,7 @@ DEMO = dict(
     sft_epochs=4.5, dpo_epochs=2.5, distill_epochs=1.5, batch_size=64, max_length=64, max_prompt_length=12,
     sampling_batch_size=256, eval_prompts=512,
 )  # fmt: skip
-# A run may go on with others of these. Those of speed and memory change rounding, or which responses are drawn.
+# A run may go on with others of these. Those of speed change rounding, or which responses are drawn.
 FREE_SETTINGS = """output_dir save_steps sample_steps tokens_per_micro_batch chunk_size sampling_batch_size
     gradient_checkpointing device teacher_device""".split()
 
@@ -163,8 +157,8 @@ def implicit_reward(logps: Tensor, base_logps: Tensor, beta: float) -> Tensor:
 def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta: float) -> Tensor:
     """Eq. 4. −log σ(β0·[log-ratio of chosen − log-ratio of rejected]) of each pair.
 
-    The four arguments (...) are log-probabilities of whole responses, summed over their tokens. Returns (...).
-    Called with chosen and rejected swapped it trains the reverse model.
+    The four arguments (...) are log-probabilities of whole responses, summed over their tokens. Returns
+    (...). Called with chosen and rejected swapped it trains the reverse model.
     """
     chosen = implicit_reward(chosen_logps, ref_chosen_logps, beta)
     rejected = implicit_reward(rejected_logps, ref_rejected_logps, beta)
@@ -196,16 +190,17 @@ def token_beta(alpha: Tensor, beta: float) -> Tensor:
 def teacher_logits(anchor_logits: Tensor, dpo_logits: Tensor, base_logits: Tensor, alpha: Tensor) -> Tensor:
     """Eq. 11, 15, 17. z* = z_anchor + α·(z_dpo − z_base): (..., V), with α (...).
 
-    The contrastive teacher has anchor = dpo and base = reverse; the vanilla one has the reference in both places.
+    The contrastive teacher has anchor = dpo and base = reverse; the vanilla one has the reference in both
+    places.
     """
     return torch.addcmul(anchor_logits, alpha.unsqueeze(-1), dpo_logits - base_logits)
 
 
 def reverse_kl(logits: Tensor, target_logits: Tensor) -> Tensor:
-    """KL(π ‖ target) = Σ_v π(v)·(log π(v) − log target(v)) over the whole vocabulary: (..., V), (..., V) → (...).
+    """KL(π ‖ target) = Σ_v π(v)·(log π(v) − log target(v)), whole vocabulary: (..., V), (..., V) → (...).
 
-    In log-probabilities throughout, so it is finite even where a probability underflows to 0. The gradient by the
-    logits has a closed form, π ⊙ (log π − log target − KL); the target gets none.
+    In log-probabilities throughout, so it is finite even where a probability underflows to 0. The gradient by
+    the logits has a closed form, π ⊙ (log π − log target − KL); the target gets none.
     """
     return ReverseKL.apply(logits, target_logits)
 
@@ -250,8 +245,8 @@ def sft_batch_loss(lm: LM, batch: Batch, scale: float) -> dict:
 def dpo_batch_loss(lm: LM, batch: Batch, scale: float, beta: float) -> dict:
     """Eq. 4, summed over pairs. The batch holds the chosen responses, then the rejected ones in the same order.
 
-    The loss is no sum over states, but its gradient is: Σ_t (∂L/∂log π(y|x))·∇log π(y_t|s_t). So the head runs
-    once for the responses' log-probabilities, and once more for the gradient, weighted by these slopes.
+    The loss is no sum over states, but its gradient is: Σ_t (∂L/∂log π(y|x))·∇log π(y_t|s_t). So the head
+    runs once for the responses' log-probabilities, and once more for the gradient, weighted by these slopes.
     """
     hidden = lm.hidden(batch)
     logps = response_sums(state_logps(lm, batch, hidden), batch).requires_grad_()
@@ -304,7 +299,7 @@ class Teacher:
 
     @torch.no_grad()
     def hidden(self, batch: Batch) -> dict:
-        """Each model's hidden states, (N, hidden size), on the teacher's device: what later crosses to the policy's."""
+        """Each model's hidden states, (N, hidden size), on the teacher's device."""
         return {name: lm.hidden(batch) for name, lm in self.lms.items()}
 
     @torch.no_grad()
@@ -325,10 +320,10 @@ def distillation_batch_loss(
 ) -> dict:
     """Eq. 18 and 19: 1/|y| Σ_t β_t·KL(π_θ ‖ π*), summed over responses.
 
-    Watched, as means over a response's states: α, β_t and the KL to the teacher, in nats a token. As sums over
-    them: the teacher's reward, β0·Σ_t (log π_dpo − log π_base)(y_t). On the policy's own responses two more come
-    free: −log π_θ(y_t) estimates its entropy, in nats a token, and Σ_t (log π_θ − log π_dpo)(y_t) its KL from
-    π_dpo, in nats a response.
+    Watched, as means over a response's states: α, β_t and the KL to the teacher, in nats a token. As sums
+    over them: the teacher's reward, β0·Σ_t (log π_dpo − log π_base)(y_t). On the policy's own responses two
+    more come free: −log π_θ(y_t) estimates its entropy, in nats a token, and Σ_t (log π_θ − log π_dpo)(y_t)
+    its KL from π_dpo, in nats a response.
     """
     teacher_hidden = teacher.hidden(batch)  # before the policy's own pass: on two devices they overlap
 
@@ -360,10 +355,10 @@ def distillation_batch_loss(
 
 
 def align(args: Args) -> dict:
-    """Run every stage that is not finished yet; leave models, metrics, samples and results in the output folder.
+    """Run every stage that is not finished; leave models, metrics, samples and results in the output folder.
 
-    Returns what results.json holds (on rank 0). Raises BadInput before any training, and before anything is written, if the
-    settings, the models or the data cannot be used.
+    Returns what results.json holds (on the other processes {}). Raises BadInput before any training, and
+    before anything is written, if the settings, the models or the data cannot be used.
     """
     run, train_pairs, test_pairs = set_up(args)
     args = run.args  # with every default filled in
@@ -372,8 +367,8 @@ def align(args: Args) -> dict:
     reference = args.model
     if args.sft:
         reference = train(
-            run, "sft", start=args.model, pairs=train_pairs, examples_of=chosen_responses, loss_of=sft_batch_loss,
-            learning_rate=args.sft_learning_rate, epochs=args.sft_epochs,
+            run, "sft", start=args.model, pairs=train_pairs, examples_of=chosen_responses,
+            loss_of=sft_batch_loss, learning_rate=args.sft_learning_rate, epochs=args.sft_epochs,
         )  # fmt: skip
 
     # π_dpo and π_dpo⁻: DPO on the pairs, and on the swapped pairs; one pass of the reference serves both
@@ -388,8 +383,8 @@ def align(args: Args) -> dict:
         )  # fmt: skip
     if not reverse_dpo:
         reverse_dpo = train(
-            run, "reverse_dpo", start=reference, pairs=train_pairs, examples_of=swapped_responses, loss_of=loss_of,
-            learning_rate=args.dpo_learning_rate, epochs=args.dpo_epochs,
+            run, "reverse_dpo", start=reference, pairs=train_pairs, examples_of=swapped_responses,
+            loss_of=loss_of, learning_rate=args.dpo_learning_rate, epochs=args.dpo_epochs,
         )  # fmt: skip
 
     # π_θ: distilled from the extrapolated teacher on its own responses, or on the chosen ones
@@ -420,9 +415,10 @@ def train(
 ) -> str:  # fmt: skip
     """Train a copy of the model `start` (folder or hub id) and return its folder, <output_dir>/<stage>.
 
-    `examples_of` says what a step trains on (below), `loss_of` with which loss (section 3). AdamW, linear warm-up
-    then linear decay, gradients clipped to `max_grad_norm`. A finished stage is not repeated; one under way goes
-    on from its last checkpoint. Raises BadInput when a loss, a gradient or a weight is not finite.
+    `examples_of` says what a step trains on (below), `loss_of` with which loss (section 3). AdamW, linear
+    warm-up then linear decay, gradients clipped to `max_grad_norm`. A finished stage is not repeated; one
+    under way goes on from its last checkpoint. Raises BadInput when a loss, a gradient or a weight is not
+    finite.
     """
     args, folder = run.args, run.out / stage
     if folder.exists():
@@ -509,8 +505,8 @@ def batch_indices(step: int, n: int, batch_size: int, seed: int) -> list:
     return indices
 
 
-# What a step trains on: (run, lm, rows of the data) → examples, lists of Responses that stay together, and sums to
-# watch of them.
+# What a step trains on. Each maps (run, lm, rows of the data) to examples, which are lists of Responses that
+# stay together, and to a dict of sums over them that are logged.
 
 
 def chosen_responses(run: Run, lm: LM, rows: list) -> tuple[list, dict]:
@@ -535,7 +531,7 @@ def swapped_responses(run: Run, lm: LM, rows: list) -> tuple[list, dict]:
 
 
 def own_responses(run: Run, lm: LM, rows: list) -> tuple[list, dict]:
-    """One response of the policy to each prompt, ŷ ~ π_θ(·|x): Eq. 18. Watched: length and, in the demo, true reward."""
+    """One response of the policy to each prompt, ŷ ~ π_θ(·|x): Eq. 18. Logged: length, true reward."""
     sampled = sample(run, lm, [row["prompt"] for row in rows])
     examples = [[Response(row["prompt"], tokens)] for row, tokens in zip(rows, sampled)]
     sums = {"length": sum(map(len, sampled))}
@@ -549,8 +545,8 @@ def own_responses(run: Run, lm: LM, rows: list) -> tuple[list, dict]:
 def sample(run: Run, lm: LM, prompts: list, most: int | None = None) -> list:
     """One response to each prompt (lists of ids → lists of ids), drawn from the model's own distribution.
 
-    A response keeps its end token; one that the limit of `most` tokens cut has none. Prompts are grouped by length
-    and padded on the left. The random state is torch's global one: seed it to get the same responses.
+    A response keeps its end token; one that the limit of `most` tokens cut has none. Prompts are grouped by
+    length and padded on the left. The random state is torch's global one: seed it to get the same responses.
     """
     most = most or run.args.max_length - run.args.max_prompt_length
     config = transformers.GenerationConfig(
@@ -594,9 +590,9 @@ class Response:
 class Batch:
     """B responses behind their prompts, padded on the right to length T, and their N = Σ|y| response states.
 
-    The logits at position i predict token i + 1, so a response's |y| states start at the last prompt position.
-    They are listed from lengths, never by comparing ids with the pad id, which may be the end token too. There is no
-    attention mask: in a causal model no response state sees the padding on its right.
+    The logits at position i predict token i + 1, so a response's |y| states start at the last prompt
+    position. They are listed from lengths, never by comparing ids with the pad id, which may be the end token
+    too. There is no attention mask: in a causal model no response state sees the padding on its right.
     """
 
     input_ids: Tensor  # (B, T)
@@ -637,8 +633,9 @@ def collate(examples: list, pad_id: int, device="cpu") -> Batch:
 def micro_batches(run: Run, examples: list):
     """Yield (indices of examples, Batch) until every example had its turn.
 
-    Examples are sorted by length and cut where a micro-batch would pad to more than `tokens_per_micro_batch` tokens.
-    The responses of one example stay together; one that is longer than that is a micro-batch of its own.
+    Examples are sorted by length and cut where a micro-batch would pad to more than `tokens_per_micro_batch`
+    tokens. The responses of one example stay together; one that is longer than that is a micro-batch of its
+    own.
     """
     width = [max(map(len, example)) for example in examples]
     groups = []
@@ -654,10 +651,10 @@ def micro_batches(run: Run, examples: list):
 
 
 class LM:
-    """A Hugging Face causal LM as two maps: `hidden` (tokens → hidden states) and `logits` (hidden states → logits).
+    """A Hugging Face causal LM as two maps: `hidden` (tokens → states) and `logits` (states → logits).
 
-    With `head_device` the output head is copied to that device, and hidden states are sent there chunk by chunk: a
-    teacher on a device of its own moves hidden-size numbers a state instead of vocabulary-size ones.
+    With `head_device` the output head is copied to that device, and hidden states are sent there chunk by
+    chunk: a teacher on a device of its own moves hidden-size numbers a state instead of vocabulary-size ones.
     """
 
     def __init__(self, model, chunk_size: int = 512, head_device=None, gradient_checkpointing: bool = False):
@@ -682,15 +679,16 @@ class LM:
             if hasattr(layer, "config"):  # a copy: the model's own config is saved with it
                 layer.config = copy.deepcopy(layer.config)
             for owner in (layer, getattr(layer, "config", layer)):
-                rates = [name for name, value in vars(owner).items() if "drop" in name and isinstance(value, float)]
-                vars(owner).update(dict.fromkeys(rates, 0.0))
+                for name, value in list(vars(owner).items()):
+                    if "drop" in name and isinstance(value, float):
+                        setattr(owner, name, 0.0)
 
     @contextlib.contextmanager
     def checkpointing(self):
         """Around forward and backward passes: layers recompute their activations, if the LM was made to do so.
 
-        Layers do this in training mode only, in which generate() would have no cache; so it ends with the step, but
-        not before the backward pass, which recomputes in the mode it finds.
+        Layers do this in training mode only, in which generate() would have no cache; so it ends with the
+        step, but not before the backward pass, which recomputes in the mode it finds.
         """
         for layer in self.checkpointed:
             layer.training = True
@@ -718,7 +716,8 @@ class LM:
     def generate(self, input_ids: Tensor, attention_mask: Tensor, config):
         """model.generate() by `config` alone. Prompts (B, T) are padded on the left, where the mask is 0.
 
-        What `config` leaves unset, generate() would take from the checkpoint's own config (a repetition penalty, say).
+        What it leaves unset, generate() would take from the checkpoint's own config: a repetition penalty,
+        say.
         """
         checkpoint_config, self.model.generation_config = self.model.generation_config, config
         output = self.model.generate(input_ids, attention_mask=attention_mask, generation_config=config)
@@ -731,10 +730,11 @@ class LM:
 
 
 def backward_in_chunks(lm: LM, hidden: Tensor, chunk_loss: Callable, scale: float) -> dict:
-    """The sums of chunk_loss(logits, rows) over all chunks; leaves scale·∇(sum of "loss") in the weights' .grad.
+    """The sums of chunk_loss(logits, rows) over all chunks; leaves scale·∇(sum of "loss") in .grad.
 
-    A chunk's gradient is taken at once, down to its hidden states (N, hidden size), so that no more than one chunk's
-    logits are alive; one backward pass through the body follows. Exact, because the loss is a sum over states.
+    A chunk's gradient is taken at once, down to its hidden states (N, hidden size), so that no more than one
+    chunk's logits are alive; one backward pass through the body follows. Exact, because the loss is a sum
+    over states.
     """
     sums, hidden_grad = {}, torch.empty_like(hidden)
     for rows in lm.chunks(hidden):
@@ -776,8 +776,8 @@ ASSISTANT = "\n\nAssistant:"
 def load_pairs(run: Run) -> tuple:
     """(training pairs, held-out pairs) as the settings say, tokenized. Raises BadInput if either is empty.
 
-    A data set of pairs has the columns prompt, chosen and rejected (token ids), record (its number in the source,
-    from 0) and instruction (the prompt as people read it).
+    A data set of pairs has the columns prompt, chosen and rejected (token ids), record (its number in the
+    source, from 0) and instruction (the prompt as people read it).
     """
     args = run.args
     train_records, test_records = read_records(args)
@@ -795,30 +795,39 @@ def load_pairs(run: Run) -> tuple:
 
 
 def read_records(args: Args) -> tuple:
-    """(training records, held-out records or None) of a local file or folder, a hub data set or the demo."""
+    """(training records, held-out records or None) of a local file or folder, a hub data set or the demo.
+
+    Of the splits of a hub data set only the two that are needed are fetched: there may be many more.
+    """
     import datasets
 
-    name, options = args.dataset, {}
-    if name == "demo":
+    if args.dataset == "demo":
         parts = demo_records(8192, args.seed), demo_records(1024, args.seed + 10**6)
         return tuple(datasets.Dataset.from_list(records) for records in parts)
+    name, _, config = args.dataset.partition(":")
     kind = FILE_KINDS.get(Path(name.removesuffix(".gz")).suffix.lower())
     if kind and not os.path.isfile(name):
         raise BadInput(f"--dataset {name}: no such file; check the path")
     if name.lower().endswith(".jsonl"):
         check_json_lines(name)
+    options = {"path": kind or name, "name": config or None}
+    if kind:
+        options["data_files"] = name
     if kind == "csv":  # as text, or pandas takes "NA" for a missing value
-        as_text = dict.fromkeys(("prompt", "chosen", "rejected"), str)
-        options = {"converters": as_text, "keep_default_na": False}
-    with using(f"--dataset {name} cannot be read", f"datasets/{name}"):
-        if kind:
-            splits = datasets.load_dataset(kind, data_files=name, **options)
-        else:
-            splits = load_needed_splits(args)
-    train_split, test_split = choose_splits(args, list(splits))
+        options["converters"] = dict.fromkeys(("prompt", "chosen", "rejected"), str)
+        options["keep_default_na"] = False
+    with using(f"--dataset {args.dataset} cannot be read", f"datasets/{name}"):
+        if not os.path.exists(name):  # says why, where it cannot be had: gated, private, no hub
+            fetch(name, repo_type="dataset", allow_patterns="README.md")
+        builder = datasets.load_dataset_builder(**options)
+        files = builder.config.data_files  # none on an offline machine, which has what it has in its cache
+        train_split, test_split = choose_splits(args, list(files or builder.info.splits))
+        if files:
+            options["data_files"] = {split: files[split] for split in (train_split, test_split) if split}
+        splits = datasets.load_dataset(**options, verification_mode="no_checks")
     columns = splits[train_split].column_names
     if not {"chosen", "rejected"} <= set(columns):
-        raise BadInput(f"--dataset {name} lacks the columns 'chosen' and 'rejected', it has {columns}; rename")
+        raise BadInput(f"--dataset {name} needs columns 'chosen' and 'rejected', it has {columns}")
     return splits[train_split], splits.get(test_split)
 
 
@@ -832,21 +841,6 @@ def check_json_lines(path: str) -> None:
                 raise BadInput(f"{path}, line {number}: not JSON in UTF-8 ({error}); mend the line") from None
             if not isinstance(value, dict):
                 raise BadInput(f"{path}, line {number}: not a JSON object; mend the line")
-
-
-def load_needed_splits(args: Args):
-    """The splits of a folder or hub data set, NAME or NAME:CONFIG, that the run needs; a hub may hold many more."""
-    import datasets
-
-    name, _, config = args.dataset.partition(":")
-    if not os.path.isdir(name):  # says why it cannot be had, where it cannot: gated, private, no hub
-        fetch(name, repo_type="dataset", allow_patterns="README.md")
-    builder = datasets.load_dataset_builder(name, config or None)
-    files = builder.config.data_files
-    if not files:  # an offline machine, which has what it has in its cache
-        return datasets.load_dataset(name, config or None)
-    needed = {split: files[split] for split in choose_splits(args, list(files)) if split}
-    return datasets.load_dataset(name, config or None, data_files=needed, verification_mode="no_checks")
 
 
 def choose_splits(args: Args, names: list) -> tuple:
@@ -875,8 +869,8 @@ def encode(run: Run, records, numbers: list, use: str):
     if len(pairs) == 0:
         raise BadInput(f"--dataset {run.args.dataset}: no usable pair to {use} on; add pairs")
     run.say(
-        f"{run.args.dataset}: {len(pairs):,} pairs to {use} on, {sum(pairs['cut'])} of them cut to the length limits; "
-        f"left out {len(numbers) - len(pairs)} with an empty response, identical responses or different prompts"
+        f"{run.args.dataset}: {len(pairs):,} pairs to {use} on, {sum(pairs['cut'])} of them cut; left out "
+        f"{len(numbers) - len(pairs)} with an empty response, identical responses or different prompts"
     )
     return pairs.remove_columns(["usable", "cut", "text"])
 
@@ -901,7 +895,7 @@ def render(run: Run, record: dict) -> dict:
 
 
 def tokenize(run: Run, columns: dict) -> dict:
-    """Texts → ids, cut to the length limits. Prompt and responses apart, so that no merge crosses the boundary."""
+    """Texts → ids, cut to the limits. Prompt and responses apart, so that no merge crosses the boundary."""
     args, stop = run.args, run.stop_ids[:1]
     found = {"prompt": [], "chosen": [], "rejected": [], "usable": [], "cut": []}
     texts = (columns["text"], columns["chosen"], columns["rejected"])
@@ -925,8 +919,8 @@ def tokenize(run: Run, columns: dict) -> dict:
 def split_record(record: dict) -> tuple:
     """A record of any of TRL's preference formats, or of hh-rlhf → (prompt, chosen text, rejected text).
 
-    The prompt is text, or a list of {"role", "content"} messages. The rejected text is "" if the two conversations
-    have not the same prompt. Raises ValueError for a record in none of the formats.
+    The prompt is text, or a list of {"role", "content"} messages. The rejected text is "" if the two
+    conversations have not the same prompt. Raises ValueError for a record in none of the formats.
     """
     prompt, chosen, rejected = (checked(record.get(key), key) for key in ("prompt", "chosen", "rejected"))
     if chosen is None or rejected is None:
@@ -956,17 +950,17 @@ def split_record(record: dict) -> tuple:
 
 
 def checked(value, key: str):
-    """The value of a field, if it is text, missing, or a list of messages, of which role and content are kept."""
+    """The value of a field: text, None, or a list of messages, of which role and content are kept."""
     if value is None or isinstance(value, str):
         return value
     try:
         return [{"role": message["role"] + "", "content": message["content"] + ""} for message in value]
     except (TypeError, KeyError):
-        raise ValueError(f"field '{key}' is neither text nor a list of messages with role and content") from None
+        raise ValueError(f"field '{key}' is neither text nor messages with role and content") from None
 
 
 def messages_of(transcript: str) -> list:
-    """A transcript as in hh-rlhf, "\\n\\nHuman: … \\n\\nAssistant: …", as messages, of which the answer is the last."""
+    """A transcript as in hh-rlhf, "\\n\\nHuman: … \\n\\nAssistant: …", as messages; the answer is the last."""
     before, _, answer = transcript.rpartition(ASSISTANT)
     parts = re.split(r"\n\n(Human|Assistant):", before)
     roles = {"Human": "user", "Assistant": "assistant"}
@@ -988,7 +982,7 @@ def render_prompt(prompt, response: str, tokenizer) -> str:
 
 
 def stop_tokens(tokenizer, generation_config) -> list:
-    """The ids that end a response. The first is trained on: what the chat template puts after the assistant's words,
+    """The ids that end a response. The first is trained on: what the chat template puts after an answer,
     or end-of-sequence. The others stop sampling too: end-of-sequence, and what the checkpoint names."""
     ids = []
     if tokenizer.chat_template:
@@ -1024,10 +1018,10 @@ DEMO_WORDS = sorted(
 
 
 def true_token_rewards(words: list) -> list:
-    """The true reward of every word of a response. Only a word of praise or blame has one; its context decides it.
+    """The true reward of every word. Only a word of praise or blame has one; its context decides it.
 
-    "was superb" earns 2, "was very superb" 3 (an intensifier counts once), "was not superb" −1 (negation turns and
-    halves it); outside its place after "was", where it makes no sense, any such word costs 1.
+    "was superb" earns 2, "was very superb" 3 (an intensifier counts once), "was not superb" −1 (negation
+    turns and halves it); outside its place after "was", where it makes no sense, any such word costs 1.
     """
     rewards = []
     for i, word in enumerate(words):
@@ -1043,13 +1037,13 @@ def true_token_rewards(words: list) -> list:
 
 
 def true_reward(text: str) -> float:
-    """The true reward of a response: the mean over its words of praise and blame, so that length earns nothing."""
+    """The true reward of a response: the mean over its words of praise and blame, so length earns nothing."""
     words = text.split()
     return sum(true_token_rewards(words)) / max(1, sum(word in VALENCE for word in words))
 
 
 def demo_records(n: int, seed: int) -> list:
-    """n preference pairs of the demo world; which of two responses is chosen is drawn by Bradley–Terry (Eq. 1)."""
+    """n preference pairs of the demo world; which response is chosen is drawn by Bradley–Terry (Eq. 1)."""
     generator = torch.Generator().manual_seed(seed)
 
     def chance():
@@ -1130,7 +1124,8 @@ def pair_logps(run: Run, lm: LM, pairs, title: str) -> Tensor:
 def add_reference_logps(run: Run, reference: str, pairs):
     """The pairs with the columns ref_chosen and ref_rejected: log π_ref(y|x), computed once and kept in a file.
 
-    The file is named by the reference's weights and the data, so that another reference never meets old values.
+    The file is named by the reference's weights and the data, so that another reference never meets old
+    values.
     """
     lm = load_frozen(run, reference)
     path = run.out / f"reference_logps-{fingerprint(pairs, lm.model):08x}.pt"
@@ -1149,10 +1144,10 @@ def add_reference_logps(run: Run, reference: str, pairs):
 
 
 def evaluate(run: Run, folders: dict, test_pairs) -> dict:
-    """Compare π_ref, π_dpo, π_dpo⁻ and the policy, given as folders; write and print samples, report and results.
+    """Compare π_ref, π_dpo, π_dpo⁻ and the policy, given as folders; write and print what is found.
 
-    `models` holds means over each model's own responses to held-out prompts (see `sample_and_score`) and, in the
-    demo, the win rate against π_ref's. `reward_accuracy`: see there.
+    `models` holds means over each model's own responses to held-out prompts (see `sample_and_score`) and, in
+    the demo, the win rate against π_ref's. `reward_accuracy`: see there.
     """
     import pandas as pd
 
@@ -1196,8 +1191,8 @@ def evaluate(run: Run, folders: dict, test_pairs) -> dict:
 def sample_and_score(run: Run, lms: dict, name: str, rows: list):
     """One response of lms[name] to each row's prompt, as a table in AlpacaEval's form with more columns.
 
-    `reward` is Σ_t r_ctr (Eq. 12), `kl_ref` Σ_t KL(π ‖ π_ref), exact over the vocabulary at each state, in nats;
-    `length` counts tokens; `entropy` is the mean over tokens, in nats; `true_reward` the demo's.
+    `reward` is Σ_t r_ctr (Eq. 12), `kl_ref` Σ_t KL(π ‖ π_ref), exact over the vocabulary at each state, in
+    nats; `length` counts tokens; `entropy` is the mean over tokens, in nats; `true_reward` the demo's.
     """
     import pandas as pd
 
@@ -1228,9 +1223,10 @@ def sample_and_score(run: Run, lms: dict, name: str, rows: list):
 
 
 def reward_accuracy(run: Run, lms: dict, pairs):
-    """In what share of held-out pairs a reward prefers the chosen response, with half of a 95 % interval: a table.
+    """In what share of held-out pairs a reward prefers the chosen response, ± half of a 95 % interval.
 
-    The rewards: log π_dpo/π_ref (dpo), log π_ref/π_dpo⁻ (reverse), and their sum log π_dpo/π_dpo⁻ (contrastive).
+    The rewards: log π_dpo/π_ref (dpo), log π_ref/π_dpo⁻ (reverse), and their sum log π_dpo/π_dpo⁻
+    (contrastive).
     """
     import pandas as pd
 
@@ -1274,7 +1270,7 @@ def shaded_responses(run: Run, lms: dict, rows: list, samples) -> str:
 
 
 def shade(run: Run, teacher: Teacher, response: Response) -> str:
-    """A response as HTML: tokens shaded by the teacher's reward, with what the teacher makes of each as a tooltip."""
+    """A response as HTML: tokens shaded by the teacher's reward, with the teacher's view as a tooltip."""
     batch = collate([[response]], run.tokenizer.pad_token_id, run.device)
     z = teacher.logits(teacher.hidden(batch), slice(None))
     log_ratios = token_logps(z.dpo, batch.targets) - token_logps(z.base, batch.targets)
@@ -1294,17 +1290,14 @@ def shade(run: Run, teacher: Teacher, response: Response) -> str:
     return "".join(spans)
 
 
-UNDRAWN = ["stage", "grad_norm", "tokens", "learning_rate", "tokens_per_s", "peak_memory_gb"]
-
-
 def curves_svg(path: Path) -> str:
-    """The metrics of every stage, a figure of small charts each, as SVG: means of nine steps around each step."""
+    """The metrics of every stage as small charts, SVG: means of the nine steps around each step."""
     import matplotlib.pyplot
     import pandas as pd
 
     page = io.StringIO()
     for stage, lines in pd.read_json(path, lines=True).groupby("stage", sort=False) if path.exists() else []:
-        lines = lines.set_index("step").dropna(axis=1).drop(columns=UNDRAWN, errors="ignore")
+        lines = lines.set_index("step").dropna(axis=1).drop(columns=["stage", "tokens", "learning_rate"])
         means = lines.rolling(9, center=True, min_periods=1).mean()
         size = (10, 1.8 * math.ceil(means.shape[1] / 4))
         charts = means.plot(subplots=True, layout=(-1, 4), figsize=size, fontsize=7)
@@ -1325,7 +1318,7 @@ def printable(text: str) -> str:
 
 
 def set_up(args: Args) -> tuple:
-    """Check all that can be checked before training, then open the output folder: (run, training, held-out pairs)."""
+    """Check all that can be checked before training, then open the output folder: (run, two sets of pairs)."""
     import datasets
 
     check_settings(args)
@@ -1356,7 +1349,7 @@ def set_up(args: Args) -> tuple:
     for folder in filter(None, (args.dpo, args.reverse_dpo)):
         same_size = load_lm(run, folder).head.weight.shape == lm.head.weight.shape
         if not same_size or load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
-            raise BadInput(f"teacher {folder}: its vocabulary or tokenizer is not the model's; use one that is")
+            raise BadInput(f"teacher {folder}: its vocabulary or tokenizer is not that of the model")
     fill_in(run, lm.model.config.get_text_config())
 
     train_pairs, test_pairs = load_pairs(run)
@@ -1371,11 +1364,10 @@ def check_settings(args: Args) -> None:
     for name, value in asdict(args).items():
         if type(value) in (int, float):
             may_be_0 = name in ("alpha", "alpha_r", "warmup_ratio", "seed")
-            if not 0 <= value < math.inf or (value == 0 and not may_be_0):
-                least = "at least 0" if may_be_0 else "positive"
-                raise BadInput(f"--{name} is {value}: it must be {least} and finite")
-    if args.warmup_ratio > 1:
-        raise BadInput(f"--warmup_ratio is {args.warmup_ratio}: it is a part of the steps, at most 1")
+            highest = 1 if name == "warmup_ratio" else sys.float_info.max
+            if not 0 <= value <= highest or (value == 0 and not may_be_0):
+                least = "at least 0" if may_be_0 else "more than 0"
+                raise BadInput(f"--{name} is {value}: it must be {least} and at most {highest:g}")
     if args.alpha == 0 and args.reward == "vanilla":
         raise BadInput("--alpha 0 --reward vanilla distils the reference into itself: use contrastive")
     if args.model == "demo" and args.dataset != "demo":
@@ -1385,8 +1377,9 @@ def check_settings(args: Args) -> None:
 def fill_in(run: Run, config) -> None:
     """Fill in every default that depends on the model. Raises BadInput for lengths that cannot be."""
     args = run.args
-    known = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len", "n_positions")]
-    positions = next((number for number in known if number and number > 0), sys.maxsize)
+    names = ("max_position_embeddings", "max_seq_len", "n_positions")
+    known = [getattr(config, name, None) or 0 for name in names]
+    positions = next((number for number in known if number > 0), sys.maxsize)
     if args.max_length is None:
         args.max_length = min(2048, positions)
         if positions < 2048:
@@ -1395,7 +1388,7 @@ def fill_in(run: Run, config) -> None:
         raise BadInput(f"--max_length {args.max_length} is more than the model's {positions} positions")
     args.max_prompt_length = args.max_prompt_length or args.max_length // 2
     if args.max_length - args.max_prompt_length < 2:
-        raise BadInput(f"--max_length {args.max_length} leaves no room behind --max_prompt_length; lower that")
+        raise BadInput(f"--max_length {args.max_length} leaves no room behind --max_prompt_length")
     if args.alpha_r is None:
         args.alpha_r = 20.0 if args.off_policy else 30.0
     if args.sft is None:
@@ -1403,7 +1396,7 @@ def fill_in(run: Run, config) -> None:
 
 
 def open_output(run: Run, train_pairs, test_pairs) -> None:
-    """Make the output folder, or go on with the run in it if its settings and data are the same; else raise BadInput.
+    """Make the output folder, or go on with the run in it. Raises BadInput for other settings or data.
 
     The folder stays locked as long as the process lives.
     """
@@ -1415,7 +1408,7 @@ def open_output(run: Run, train_pairs, test_pairs) -> None:
         there = [path.name for path in run.out.glob("[!.]*")] if run.out.exists() else []
         saved = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
         if there and "data" not in saved:
-            raise BadInput(f"output folder {run.out} holds {there[0]} and no run of this script; choose another")
+            raise BadInput(f"output folder {run.out} holds {there[0]} and no run of this script")
         for name in settings:
             if saved and name not in FREE_SETTINGS and saved.get(name) != settings[name]:
                 change = f"{name} {saved.get(name)} → {settings[name]}"
@@ -1426,7 +1419,7 @@ def open_output(run: Run, train_pairs, test_pairs) -> None:
             try:
                 run.lock.acquire(blocking=False)
             except filelock.Timeout:
-                raise BadInput(f"another process writes into {run.out}: wait for it, or choose another folder") from None
+                raise BadInput(f"another process writes into {run.out}: wait, or choose another") from None
     if not saved:
         write_json(run, config, settings)
     run.barrier()
@@ -1469,7 +1462,7 @@ class Run:
 
 
 def sum_gradients(run: Run, model) -> None:
-    """Sum the gradients of all processes. A parameter without one counts as zeros, so that the processes agree."""
+    """Sum the gradients of all processes. A parameter without one counts as zeros, so that they agree."""
     if run.world > 1:
         for parameter in model.parameters():
             if parameter.grad is None:
@@ -1512,12 +1505,12 @@ def fetch_model(name: str) -> str:
         with using(f"model {name} cannot be had", name):
             folder = fetch(name, allow_patterns=wanted, ignore_patterns="*/*")
     if not any(Path(folder).glob("*.safetensors")):
-        raise BadInput(f"model {name}: no safetensors file in {folder}; convert it with save_pretrained, and name that")
+        raise BadInput(f"model {name}: no safetensors file in {folder}; convert it with save_pretrained")
     return folder
 
 
 def fetch(name: str, **options) -> str:
-    """The local folder of a hub repository. Asks again where the hub says that it is busy or broken (429, 500, 503)."""
+    """The local folder of a hub repository. Asks again where the hub is busy or broken (429, 500, 503)."""
     download = partial(huggingface_hub.snapshot_download, name, tqdm_class=tqdm, **options)
     for pause in (1, 2, 4, 8):
         try:
@@ -1560,12 +1553,12 @@ def check_logits(lm: LM, name: str) -> None:
     if not own.isfinite().all():
         raise BadInput(f"model {name}: its logits are not finite; its weights are broken")
     if not torch.allclose(ours, own, rtol=1e-4, atol=1e-4 * own.abs().max().item()):
-        raise BadInput(f"model {name} is not supported: its logits are not head(body(tokens)); choose another")
+        raise BadInput(f"model {name} is not supported: its logits are not head(body(tokens))")
 
 
 @torch.no_grad()
 def check_sampling(lm: LM, name: str) -> None:
-    """Raise BadInput unless generate(), with its cache and left padding, draws from the model's own distribution."""
+    """Raise BadInput unless generate(), with cache and left padding, draws from the model's distribution."""
     prompts = torch.tensor([[0, 0, 0, 3, 4], [5, 6, 7, 8, 9]], device=lm.model.device)
     config = transformers.GenerationConfig(
         do_sample=False, max_new_tokens=8, pad_token_id=0, output_logits=True, return_dict_in_generate=True
@@ -1587,7 +1580,7 @@ def load_frozen(run: Run, name: str, device=None) -> LM:
     return lm
 
 
-# Files. Each is written aside and renamed, so that it is there whole or not at all, whenever the process is killed.
+# Files. Each is written aside and renamed, so that a killed process leaves it whole or not at all.
 
 
 @contextlib.contextmanager
@@ -1634,7 +1627,7 @@ def save_checkpoint(run: Run, stage: str, model, optimizer, step: int) -> None:
 
 
 def load_checkpoint(run: Run, stage: str, model, optimizer) -> int:
-    """Put the last checkpoint of this stage into model and optimizer; the step to go on at, 0 if there is none."""
+    """Put this stage's last checkpoint into model and optimizer; the step to go on at, 0 if there is none."""
     path = run.out / "checkpoint.pt"
     state = torch.load(path, map_location=run.device, weights_only=True) if path.exists() else {"stage": None}
     if state["stage"] != stage:
@@ -1674,7 +1667,7 @@ HUB_ANSWERS = {  # the first kind that fits says it
 
 @contextlib.contextmanager
 def using(what: str, hub_path: str = ""):
-    """Turn whatever a library raises into BadInput, one line: what, and why. `hub_path` is its place on the hub."""
+    """Turn whatever a library raises into BadInput: what, and why. `hub_path` is its place on the hub."""
     try:
         yield
     except (BadInput, torch.OutOfMemoryError):
@@ -1709,8 +1702,8 @@ def main() -> int:
     except BadInput as error:
         status, message = 2, str(error)
     except torch.OutOfMemoryError as error:
-        status, message = 2, f"{one_line(error)}; lower --tokens_per_micro_batch or --sampling_batch_size, or "
-        message += "use --gradient_checkpointing: the same command goes on from the last checkpoint"
+        status, message = 2, f"{one_line(error)}; lower --tokens_per_micro_batch or --sampling_batch_size, "
+        message += "or use --gradient_checkpointing: the same command goes on from the last checkpoint"
     except KeyboardInterrupt:
         status, message = 130, "stopped; the same command goes on from the last checkpoint"
     finally:
