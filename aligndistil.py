@@ -1167,8 +1167,8 @@ def evaluate(run: Run, folders: dict, test_pairs) -> dict:
 
     page = PAGE.format(
         title=html.escape(f"AlignDistil: {Path(run.args.model).name} on {Path(run.args.dataset).name}"),
-        models=models.to_html(float_format="{:.3f}".format),
-        accuracy=accuracy.to_html(float_format="{:.3f}".format),
+        models=models.to_html(float_format="{:.3f}".format, border=0, index_names=False),
+        accuracy=accuracy.to_html(float_format="{:.3f}".format, border=0),
         responses=shaded_responses(run, lms, rows, samples),
         curves=curves_svg(run.out / "metrics.jsonl"),
     )
