@@ -1204,6 +1204,26 @@ def test_bad_input(prepared, base, tmp_path, name):
     assert in_folder(out) == before and out.exists() == bool(before)
 
 
+@pytest.mark.parametrize(
+    ("raised", "status", "words"),
+    [
+        (torch.OutOfMemoryError("out of memory"), 2, ["--tokens_per_micro_batch", "--gradient_checkpointing"]),
+        (KeyboardInterrupt(), 130, ["stopped", "the same command goes on"]),
+    ],
+)
+def test_how_a_run_ends(monkeypatch, capsys, raised, status, words):
+    """Notices a full memory or a Ctrl-C that ends in a traceback, or without a word on how to go on."""
+
+    def align(args):
+        raise raised
+
+    monkeypatch.setattr(ad, "align", align)
+    monkeypatch.setattr(sys, "argv", ["aligndistil.py"])
+    assert ad.main() == status
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("aligndistil.py: error: ") and all(word in line for word in words)
+
+
 @pytest.mark.parametrize("stage", ["sft", "dpo", "distill"])
 def test_loss_that_is_not_finite(prepared, base, tmp_path, stage):
     """Notices a run that goes on, or is silent about where it was, when its weights explode."""
