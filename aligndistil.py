@@ -804,7 +804,9 @@ def read_records(args: Args) -> tuple:
     if args.dataset == "demo":
         parts = demo_records(8192, args.seed), demo_records(1024, args.seed + 10**6)
         return tuple(datasets.Dataset.from_list(records) for records in parts)
-    name, _, config = args.dataset.partition(":")
+    name, config = args.dataset, ""
+    if not os.path.exists(name):  # an existing path may hold a colon of its own
+        name, _, config = name.partition(":")
     kind = FILE_KINDS.get(Path(name.removesuffix(".gz")).suffix.lower())
     if kind and not os.path.isfile(name):
         raise BadInput(f"--dataset {name}: no such file; check the path")
@@ -1642,11 +1644,13 @@ def cut_metrics(run: Run, stage: str, step: int) -> None:
     """Drop what was logged after the last checkpoint and will be done again, and a line that a kill cut."""
     path = run.out / "metrics.jsonl"
     if run.rank == 0 and path.exists():
-        lines = path.read_text().splitlines(keepends=True)
-        with written_aside(path) as aside, open(aside, "w") as file:
-            for line in filter(re.compile(r".*\n").fullmatch, lines):
-                if json.loads(line)["stage"] != stage or json.loads(line)["step"] <= step:
-                    file.write(line)
+        kept = []
+        for text in path.read_text().splitlines(keepends=True):
+            line = json.loads(text) if text.endswith("\n") else None
+            if line and (line["stage"] != stage or line["step"] <= step):
+                kept.append(text)
+        with written_aside(path) as aside:
+            aside.write_text("".join(kept))
 
 
 # Errors

@@ -790,6 +790,13 @@ def test_same_tokens_from_every_file(load, tmp_path, ending):
         assert answers == [record["chosen"] + "<eos>", record["rejected"] + "<eos>"]
 
 
+def test_a_path_with_a_colon(load, tmp_path):
+    """Notices a file whose name holds a colon that is taken for NAME:CONFIG."""
+    (tmp_path / "C:data").mkdir()
+    run, pairs, _ = load(write(tmp_path / "C:data" / "pairs.jsonl", numbered(3)))
+    assert [pair["instruction"] for pair in pairs] == ["What is 0?", "What is 1?", "What is 2?"]
+
+
 @pytest.mark.parametrize("ending", [".jsonl", ".json", ".csv"])
 def test_windows_file(load, tmp_path, ending):
     """Notices a byte-order mark or a Windows line end that gets into the text, or stops the loading."""
