@@ -78,6 +78,7 @@ class Args:
     reward: Literal["contrastive", "vanilla"] = "contrastive"  # π_dpo against π_dpo⁻ (Eq. 15) or π_ref (11)
     alpha: float | None = None  # a constant α (adaptive, Eq. 16); 0 is plain distillation from DPO
     alpha_r: float | None = None  # r of the adaptive α_t = r·TVD_t + ε (30 on-policy, 20 off-policy)
+    plausibility: float = 0.0  # κ: judge only tokens v with π_dpo(v) ≥ κ·max π_dpo (0: all, the paper)
     off_policy: bool = False  # distil on the chosen responses (Eq. 19), not on the policy's own (Eq. 18)
     init_from: Literal["reference", "dpo"] = "reference"  # where the policy starts
     # optimisation
@@ -103,6 +104,7 @@ class Args:
     # evaluation and logs
     eval_pairs: int = 1000  # held-out records for the reward accuracy, at most
     eval_prompts: int = 128  # held-out prompts that every model answers, at most
+    judge: str | None = None  # reward model (folder or hub id) that scores the answers; the demo has its truth
     sample_steps: int = 50  # show a response of the model in training every so many steps
     save_steps: int = 100  # write a checkpoint every so many steps
 
@@ -113,7 +115,7 @@ DEMO = dict(
     sampling_batch_size=256, eval_prompts=512,
 )  # fmt: skip
 # A run may go on with others of these. Those of speed change rounding, or which responses are drawn.
-FREE_SETTINGS = """output_dir save_steps sample_steps tokens_per_micro_batch chunk_size sampling_batch_size
+FREE_SETTINGS = """output_dir judge save_steps sample_steps tokens_per_micro_batch chunk_size sampling_batch_size
     gradient_checkpointing device teacher_device""".split()
 
 
@@ -187,13 +189,35 @@ def token_beta(alpha: Tensor, beta: float) -> Tensor:
     return torch.where(alpha > 0, beta / alpha, 1.0)
 
 
-def teacher_logits(anchor_logits: Tensor, dpo_logits: Tensor, base_logits: Tensor, alpha: Tensor) -> Tensor:
-    """Eq. 11, 15, 17. z* = z_anchor + α·(z_dpo − z_base): (..., V), with α (...).
+def teacher_logits(anchor_logits: Tensor, difference: Tensor, alpha: Tensor) -> Tensor:
+    """Eq. 11, 15, 17. z* = z_anchor + α·difference, with difference = z_dpo − z_base: (..., V), with α (...).
 
     The contrastive teacher has anchor = dpo and base = reverse; the vanilla one has the reference in both
     places.
     """
-    return torch.addcmul(anchor_logits, alpha.unsqueeze(-1), dpo_logits - base_logits)
+    return torch.addcmul(anchor_logits, alpha.unsqueeze(-1), difference)
+
+
+def plausible_difference(dpo_logits: Tensor, base_logits: Tensor, kappa: float) -> Tensor:
+    """1[v ∈ P]·(log π_dpo − log π_base) with P = {v: π_dpo(v) ≥ κ·max_u π_dpo(u)}: (..., V). Not in the paper.
+
+    Where neither model ever goes, the difference of their logits is an accident of training, and α times it
+    can lift an impossible token to the top. So tokens outside P are not judged: their reward is 0, and in
+    Theorem 1 r̃ = 1[P]·r_ctr takes the place of r_ctr. It has to be log-probabilities, since the free constant
+    of logits would move one group of tokens against the other. κ = 0 judges all tokens: Eq. 17.
+    """
+    difference = dpo_logits.log_softmax(-1) - base_logits.log_softmax(-1)
+    plausible = dpo_logits >= dpo_logits.amax(-1, keepdim=True) + math.log(kappa)
+    return difference.where(plausible, 0.0)
+
+
+def implausible_mass(target_logits: Tensor, dpo_logits: Tensor) -> Tensor:
+    """What the teacher gives to tokens of which π_dpo gives less than 0.001: (..., V), (..., V) → (...).
+
+    It tells before any distillation whether α is too large: the teacher's language breaks there.
+    """
+    rare = dpo_logits.softmax(-1) < 1e-3
+    return (target_logits.softmax(-1) * rare).sum(-1)
 
 
 def reverse_kl(logits: Tensor, target_logits: Tensor) -> Tensor:
@@ -290,12 +314,12 @@ class Teacher:
     def __init__(self, args: Args, load: Callable):
         self.args, self.load = args, load
         self.contrastive = args.reward == "contrastive"
+        self.base = "reverse_dpo" if self.contrastive else "reference"
         self.reward_name = "reward" if self.contrastive else "reward_dpo"
 
     @functools.cached_property
     def lms(self) -> dict:
-        base = "reverse_dpo" if self.contrastive else "reference"
-        return {"dpo": self.load("dpo"), "base": self.load(base)}
+        return {"dpo": self.load("dpo"), "base": self.load(self.base)}
 
     @torch.no_grad()
     def hidden(self, batch: Batch) -> dict:
@@ -311,7 +335,11 @@ class Teacher:
         else:
             alpha = torch.full_like(z["dpo"][:, 0], self.args.alpha)
         anchor = z["dpo"] if self.contrastive else z["base"]
-        target = teacher_logits(anchor, z["dpo"], z["base"], alpha)
+        if self.args.plausibility > 0:
+            difference = plausible_difference(z["dpo"], z["base"], self.args.plausibility)
+        else:
+            difference = z["dpo"] - z["base"]
+        target = teacher_logits(anchor, difference, alpha)
         return TeacherLogits(z["dpo"], z["base"], target, alpha)
 
 
@@ -320,7 +348,8 @@ def distillation_batch_loss(
 ) -> dict:
     """Eq. 18 and 19: 1/|y| Σ_t β_t·KL(π_θ ‖ π*), summed over responses.
 
-    Watched, as means over a response's states: α, β_t and the KL to the teacher, in nats a token. As sums
+    Watched, as means over a response's states: α, β_t, the KL to the teacher, in nats a token, and the mass
+    that the teacher gives to implausible tokens. As sums
     over them: the teacher's reward, β0·Σ_t (log π_dpo − log π_base)(y_t). On the policy's own responses two
     more come free: −log π_θ(y_t) estimates its entropy, in nats a token, and Σ_t (log π_θ − log π_dpo)(y_t)
     its KL from π_dpo, in nats a response.
@@ -338,6 +367,7 @@ def distillation_batch_loss(
             "alpha": (weight * z.alpha).sum(),
             "beta_t": (weight * beta_t).sum(),
             "kl_teacher": (weight * kl).sum(),
+            "implausible": (weight * implausible_mass(z.target, z.dpo)).sum(),
             teacher.reward_name: implicit_reward(dpo_logps, token_logps(z.base, tokens), beta).sum(),
         }
         if on_policy:
@@ -373,7 +403,8 @@ def align(args: Args) -> dict:
 
     # π_dpo and π_dpo⁻: DPO on the pairs, and on the swapped pairs; one pass of the reference serves both
     dpo, reverse_dpo = args.dpo, args.reverse_dpo
-    if not (dpo and reverse_dpo):
+    contrastive = args.reward == "contrastive"
+    if not dpo or (contrastive and not reverse_dpo):
         train_pairs = add_reference_logps(run, reference, train_pairs)
     loss_of = partial(dpo_batch_loss, beta=args.beta)
     if not dpo:
@@ -381,14 +412,16 @@ def align(args: Args) -> dict:
             run, "dpo", start=reference, pairs=train_pairs, examples_of=both_responses, loss_of=loss_of,
             learning_rate=args.dpo_learning_rate, epochs=args.dpo_epochs,
         )  # fmt: skip
-    if not reverse_dpo:
+    if contrastive and not reverse_dpo:
         reverse_dpo = train(
             run, "reverse_dpo", start=reference, pairs=train_pairs, examples_of=swapped_responses,
             loss_of=loss_of, learning_rate=args.dpo_learning_rate, epochs=args.dpo_epochs,
         )  # fmt: skip
 
     # π_θ: distilled from the extrapolated teacher on its own responses, or on the chosen ones
-    folders = {"reference": reference, "dpo": dpo, "reverse_dpo": reverse_dpo}
+    folders = {"reference": reference, "dpo": dpo}
+    if contrastive:
+        folders["reverse_dpo"] = reverse_dpo
     teacher = Teacher(args, lambda name: load_frozen(run, folders[name], run.teacher_device))
     on_policy = not args.off_policy
     folders["policy"] = train(
@@ -531,13 +564,15 @@ def swapped_responses(run: Run, lm: LM, rows: list) -> tuple[list, dict]:
 
 
 def own_responses(run: Run, lm: LM, rows: list) -> tuple[list, dict]:
-    """One response of the policy to each prompt, ŷ ~ π_θ(·|x): Eq. 18. Logged: length, true reward."""
+    """One response of the policy to each prompt, ŷ ~ π_θ(·|x): Eq. 18. Logged: length; in the demo the truth."""
     sampled = sample(run, lm, [row["prompt"] for row in rows])
     examples = [[Response(row["prompt"], tokens)] for row, tokens in zip(rows, sampled)]
     sums = {"length": sum(map(len, sampled))}
     if run.args.dataset == "demo":
+        prompts = run.tokenizer.batch_decode([row["prompt"] for row in rows])
         texts = run.tokenizer.batch_decode(sampled, skip_special_tokens=True)
-        sums["true_reward"] = sum(map(true_reward, texts))
+        sums["true_reward"] = sum(map(true_reward, prompts, texts))
+        sums["well_formed"] = sum(map(well_formed, prompts, texts))
     return examples, sums
 
 
@@ -1010,77 +1045,127 @@ VALENCE = {
     "superb": 2, "lovely": 2, "good": 1, "nice": 1, "pleasant": 1, "solid": 1, "fine": 0.5, "plain": -0.5, "bad": -1,
     "dull": -1, "poor": -1, "weak": -1, "awful": -2, "dreadful": -2,
 }  # fmt: skip
-BOOST = ["very", "really", "truly"]
-JOINS = ["and", "but", ","]
+KINDS = {
+    "opinion": list(VALENCE),
+    "part": sorted(set(" ".join(THINGS.values()).split())),
+    "booster": ["very", "really", "truly"],
+    "join": ["and", "but", ","],
+}
+KIND_OF = {word: kind for kind, words in KINDS.items() for word in words}  # other words are their own kind
+GRAMMAR = {  # state: {the kinds of words that may follow: the state that each leads to}
+    "start": {"the": "the"},
+    "the": {"part": "part"},
+    "part": {"was": "was"},
+    "was": {"not": "not", "booster": "booster", "opinion": "opinion"},
+    "not": {"booster": "booster", "opinion": "opinion"},
+    "booster": {"opinion": "opinion"},
+    "opinion": {"join": "join", ".": "."},
+    "join": {"the": "the"},
+    ".": {"overall": "overall"},
+    "overall": {"it": "it"},
+    "it": {"was": "it was"},
+    "it was": {"not": "it was not", "booster": "it was booster", "opinion": "verdict"},
+    "it was not": {"booster": "it was booster", "opinion": "verdict"},
+    "it was booster": {"opinion": "verdict"},
+    "verdict": {".": "end"},
+    "end": {"<end>": "end"},
+}
+SHARES = {"not": 0.2, "booster": 0.25, "opinion": 0.55, "join": 0.6, ".": 0.4}  # where a state has a choice
 ASKING = ["write a review of the {} .", "how was the {} ?", "what did you think of the {} ?"]
-NAMES = " ".join([*THINGS, *THINGS.values()])
-DEMO_WORDS = sorted(
-    {*" ".join(ASKING).format(NAMES, "", "").split(), *VALENCE, *BOOST, *JOINS, "not", "overall", "it"}
-)
+DEMO_WORDS = sorted({*" ".join(ASKING).split(), *THINGS, *KIND_OF, "not", "was", "overall", "it"} - {"{}"})
+BROKEN = -2.0
 
 
-def true_token_rewards(words: list) -> list:
-    """The true reward of every word. Only a word of praise or blame has one; its context decides it.
+class Word(NamedTuple):
+    """What the truth says about a word: its reward, and whether it may stand where it stands."""
 
-    "was superb" earns 2, "was very superb" 3 (an intensifier counts once), "was not superb" −1 (negation
-    turns and halves it); outside its place after "was", where it makes no sense, any such word costs 1.
+    reward: float
+    fits: bool
+
+
+def judge_words(prompt: str, review: str) -> list:
+    """A Word for every word of a review, and one for its end, by the grammar that the data is drawn from.
+
+    An opinion earns its valence: "superb" 2; by half more with a booster, but 2 at most; "not" turns and
+    halves it. Any word that cannot stand where it stands costs 2, as much as the worst opinion: one that the
+    grammar does not have there, a part of another thing than the prompt asks about, a part that was judged
+    before, an end in the middle. All other words have 0.
     """
-    rewards = []
-    for i, word in enumerate(words):
-        before, value = [".", *words[:i]], VALENCE.get(word, 0.0)
-        if before[-1] in BOOST:
-            before.pop()
-            value *= 1.5
-        if before[-1] == "not":
-            before.pop()
-            value *= -0.5
-        rewards.append(value if before[-1] == "was" or word not in VALENCE else -1.0)
-    return rewards
+    (thing,) = [word for word in prompt.split() if word in THINGS]
+    state, parts_left, judged = "start", THINGS[thing].split(), []
+    strength, sign = 1.0, 1.0
+    for word in [*review.split(), "<end>"]:
+        kind = KIND_OF.get(word, word)
+        fits = kind in GRAMMAR[state] and (kind != "part" or word in parts_left)
+        reward = 0.0 if fits else BROKEN
+        if kind == "was":
+            strength, sign = 1.0, 1.0
+        elif kind == "not":
+            sign = -0.5
+        elif kind == "booster":
+            strength = 1.5
+        elif kind == "part" and fits:
+            parts_left.remove(word)
+        elif kind == "opinion" and fits:
+            reward = sign * max(-2.0, min(2.0, strength * VALENCE[word]))
+        judged.append(Word(reward, fits))
+        rows = [GRAMMAR[state], *GRAMMAR.values()]  # after a word out of place the reading goes on from it
+        state = next((row[kind] for row in rows if kind in row), state)
+    return judged
 
 
-def true_reward(text: str) -> float:
-    """The true reward of a response: the mean over its words of praise and blame, so length earns nothing."""
-    words = text.split()
-    return sum(true_token_rewards(words)) / max(1, sum(word in VALENCE for word in words))
+def well_formed(prompt: str, review: str) -> bool:
+    """Whether the grammar could have written it."""
+    return all(word.fits for word in judge_words(prompt, review))
+
+
+def true_reward(prompt: str, review: str) -> float:
+    """The mean over a review's opinions, in [-2, 2], so length earns nothing; -2 if it is not well-formed."""
+    if not well_formed(prompt, review):
+        return BROKEN
+    rewards = [word.reward for word in judge_words(prompt, review) if word.reward]
+    return sum(rewards) / len(rewards)
 
 
 def demo_records(n: int, seed: int) -> list:
     """n preference pairs of the demo world; which response is chosen is drawn by Bradley–Terry (Eq. 1)."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = random.Random(seed)
 
-    def chance():
-        return torch.rand((), generator=generator).item()
+    def draw_review(thing):
+        """A walk through the grammar. Opinions agree with the reviewer's mood, more or less."""
+        mood, state, parts_left, words = generator.random(), "start", THINGS[thing].split(), []
+        generator.shuffle(parts_left)
+        while state != "end":
+            kinds = [kind for kind in GRAMMAR[state] if kind != "join" or parts_left]
+            (kind,) = generator.choices(kinds, [SHARES.get(kind, 1.0) for kind in kinds])
+            if kind == "part":
+                word = parts_left.pop()
+            elif kind == "opinion":
+                good = generator.random() < mood
+                word = generator.choice([word for word in VALENCE if (VALENCE[word] > 0) == good])
+            else:
+                word = generator.choice(KINDS.get(kind, [kind]))
+            words.append(word)
+            state = GRAMMAR[state][kind]
+        return " ".join(words)
 
-    def draw(options):
-        return options[torch.randint(len(options), (), generator=generator).item()]
-
-    def opinion(subject, mood):
-        good = chance() < mood
-        words = [draw([word for word in VALENCE if (VALENCE[word] > 0) == good])]
-        if chance() < 0.3:
-            words = [draw(BOOST), *words]
-        negation = ["not"] if chance() < 0.2 else []
-        return [*subject, "was", *negation, *words]
-
-    def review(thing):
+    def draw_mixed_review(prompt, thing):
+        """A review in which something is good and something bad."""
         while True:
-            mood, parts = chance(), THINGS[thing].split()
-            clauses = [opinion(["the", draw(parts)], mood) for _ in range(draw([1, 2, 3, 4]))]
-            words = clauses[0]
-            for clause in clauses[1:]:
-                words = [*words, draw(JOINS), *clause]
-            words = [*words, ".", *opinion(["overall", "it"], mood), "."]
-            rewards = true_token_rewards(words)
-            if min(rewards) < 0 < max(rewards):  # every review mixes good and bad tokens
-                return " ".join(words)
+            review = draw_review(thing)
+            rewards = [word.reward for word in judge_words(prompt, review)]
+            if min(rewards) < 0 < max(rewards):
+                return review
 
     records = []
     for _ in range(n):
-        thing = draw(list(THINGS))
-        chosen, rejected = review(thing), review(thing)
-        if chance() > 1 / (1 + math.exp(4 * (true_reward(rejected) - true_reward(chosen)))):
+        thing = generator.choice(list(THINGS))
+        prompt = generator.choice(ASKING).format(thing)
+        chosen, rejected = draw_mixed_review(prompt, thing), draw_mixed_review(prompt, thing)
+        gap = true_reward(prompt, chosen) - true_reward(prompt, rejected)
+        if generator.random() > 1 / (1 + math.exp(-4 * gap)):
             chosen, rejected = rejected, chosen
-        records.append({"prompt": draw(ASKING).format(thing), "chosen": chosen, "rejected": rejected})
+        records.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     return records
 
 
@@ -1148,8 +1233,9 @@ def add_reference_logps(run: Run, reference: str, pairs):
 def evaluate(run: Run, folders: dict, test_pairs) -> dict:
     """Compare π_ref, π_dpo, π_dpo⁻ and the policy, given as folders; write and print what is found.
 
-    `models` holds means over each model's own responses to held-out prompts (see `sample_and_score`) and, in
-    the demo, the win rate against π_ref's. `reward_accuracy`: see there.
+    `models` holds means over each model's own responses to held-out prompts (see `sample_and_score`), and how
+    many of these are distinct. The judge is the demo's truth or --judge: its mean score and the win rate
+    against π_ref's responses, with half of a 95 % interval (`_pm`). `reward_accuracy`: see there.
     """
     import pandas as pd
 
@@ -1160,10 +1246,17 @@ def evaluate(run: Run, folders: dict, test_pairs) -> dict:
     lms = {name: load_frozen(run, folder) for name, folder in folders.items()}
     rows = test_pairs.select(range(min(len(test_pairs), run.args.eval_prompts))).to_list()
     samples = pd.concat([sample_and_score(run, lms, name, rows) for name in lms])
-    models = samples.groupby("generator", sort=False).mean(numeric_only=True)
-    if "true_reward" in samples:
-        rewards = samples["true_reward"].to_numpy().reshape(len(lms), -1)
-        models["win_rate"] = ((rewards > rewards[0]) + 0.5 * (rewards == rewards[0])).mean(1)
+    if run.args.judge:
+        samples["judge"] = judge_scores(run, samples)
+    judges = [name for name in ("judge", "true_reward") if name in samples][:1]
+    for judge in judges:
+        scores = samples[judge].to_numpy().reshape(len(lms), -1)
+        samples["win_rate"] = ((scores > scores[0]) + 0.5 * (scores == scores[0])).ravel()
+    groups = samples.groupby("generator", sort=False)
+    models = groups.mean(numeric_only=True)
+    models["distinct"] = groups["output"].nunique() / len(rows)
+    for name in [*judges, "win_rate"] if judges else []:
+        models[f"{name}_pm"] = 1.96 * groups[name].sem()
     accuracy = reward_accuracy(run, lms, test_pairs)
     results = {"models": models.to_dict("index"), "reward_accuracy": accuracy.to_dict("index")}
 
@@ -1193,11 +1286,12 @@ def evaluate(run: Run, folders: dict, test_pairs) -> dict:
 def sample_and_score(run: Run, lms: dict, name: str, rows: list):
     """One response of lms[name] to each row's prompt, as a table in AlpacaEval's form with more columns.
 
-    `reward` is Σ_t r_ctr (Eq. 12), `kl_ref` Σ_t KL(π ‖ π_ref), exact over the vocabulary at each state, in
-    nats; `length` counts tokens; `entropy` is the mean over tokens, in nats; `true_reward` the demo's.
+    `reward` is Σ_t r_ctr (Eq. 12; `reward_dpo`, Eq. 5, with the vanilla teacher), `kl_ref` Σ_t KL(π ‖ π_ref), exact over the vocabulary at each state, in
+    nats; `length` counts tokens; `entropy` is the mean over tokens, in nats; the demo has its truth beside.
     """
     import pandas as pd
 
+    teacher = Teacher(run.args, lms.get)
     torch.manual_seed(seed_of(run.args.seed, "evaluation", 0))  # the same random numbers for every model
     sampled = sample(run, lms[name], [row["prompt"] for row in rows])
     examples = [[Response(row["prompt"], tokens)] for row, tokens in zip(rows, sampled)]
@@ -1207,8 +1301,8 @@ def sample_and_score(run: Run, lms: dict, name: str, rows: list):
         for chunk in lms[name].chunks(batch.targets):
             tokens = batch.targets[chunk]
             z = {key: lm.logits(hidden[key][chunk]) for key, lm in lms.items()}
-            dpo_logps, reverse_logps = (token_logps(z[key], tokens) for key in ("dpo", "reverse_dpo"))
-            reward = implicit_reward(dpo_logps, reverse_logps, run.args.beta)
+            dpo_logps, base_logps = token_logps(z["dpo"], tokens), token_logps(z[teacher.base], tokens)
+            reward = implicit_reward(dpo_logps, base_logps, run.args.beta)
             entropy = torch.distributions.Categorical(logits=z[name]).entropy() * batch.weights[chunk]
             values = torch.stack([reward, reverse_kl(z[name], z["reference"]), entropy], -1)
             sums.index_add_(0, torch.tensor(group, device=run.device)[batch.response[chunk]], values)
@@ -1216,12 +1310,30 @@ def sample_and_score(run: Run, lms: dict, name: str, rows: list):
     table = pd.DataFrame({"instruction": [row["instruction"] for row in rows]})
     table["output"] = outputs
     table["generator"] = name
-    table[["reward", "kl_ref", "entropy"]] = sums.tolist()
+    table[[teacher.reward_name, "kl_ref", "entropy"]] = sums.tolist()
     table["length"] = [len(tokens) for tokens in sampled]
     if run.args.dataset == "demo":
-        table["true_reward"] = [true_reward(text) for text in outputs]
+        prompts = run.tokenizer.batch_decode([row["prompt"] for row in rows])
+        table["true_reward"] = list(map(true_reward, prompts, outputs))
+        table["well_formed"] = list(map(well_formed, prompts, outputs))
     table["tokens"] = sampled
     return table
+
+
+@torch.no_grad()
+def judge_scores(run: Run, samples) -> list:
+    """The judge's score of every sample, by its own chat template, or as a pair of texts if it has none."""
+    model, tokenizer = load_judge(run)
+    scores = []
+    texts = zip(samples["instruction"], samples["output"], strict=True)
+    for instruction, output in run.bar(list(texts), "judging", leave=False):
+        if tokenizer.chat_template:
+            talk = [{"role": "user", "content": instruction}, {"role": "assistant", "content": output}]
+            inputs = tokenizer.apply_chat_template(talk, return_tensors="pt", return_dict=True)
+        else:
+            inputs = tokenizer(instruction, output, return_tensors="pt")
+        scores.append(model(**inputs.to(run.device)).logits.item())
+    return scores
 
 
 def reward_accuracy(run: Run, lms: dict, pairs):
@@ -1233,11 +1345,10 @@ def reward_accuracy(run: Run, lms: dict, pairs):
     import pandas as pd
 
     logps = {name: pair_logps(run, lms[name], pairs, f"held-out {name}") for name in lms if name != "policy"}
-    rewards = {
-        "dpo": logps["dpo"] - logps["reference"],
-        "reverse": logps["reference"] - logps["reverse_dpo"],
-        "contrastive": logps["dpo"] - logps["reverse_dpo"],
-    }
+    rewards = {"dpo": logps["dpo"] - logps["reference"]}
+    if "reverse_dpo" in logps:
+        rewards["reverse"] = logps["reference"] - logps["reverse_dpo"]
+        rewards["contrastive"] = logps["dpo"] - logps["reverse_dpo"]
     shares = {name: (reward[:, 0] > reward[:, 1]).float().mean().item() for name, reward in rewards.items()}
     table = pd.DataFrame({"accuracy": shares})
     table["plus_minus"] = 1.96 * (table.accuracy * (1 - table.accuracy) / len(pairs)) ** 0.5
@@ -1348,6 +1459,8 @@ def set_up(args: Args) -> tuple:
         tokenizer.pad_token = tokenizer.eos_token
     starts_with_bos = not tokenizer.chat_template and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
     run.first_ids = [tokenizer.bos_token_id] if starts_with_bos else []
+    if args.judge:
+        load_judge(run)
     for folder in filter(None, (args.dpo, args.reverse_dpo)):
         same_size = load_lm(run, folder).head.weight.shape == lm.head.weight.shape
         if not same_size or load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
@@ -1365,8 +1478,8 @@ def check_settings(args: Args) -> None:
     """Raise BadInput for a number out of range. What needs the model or the data is checked in `set_up`."""
     for name, value in asdict(args).items():
         if type(value) in (int, float):
-            may_be_0 = name in ("alpha", "alpha_r", "warmup_ratio", "seed")
-            highest = 1 if name == "warmup_ratio" else sys.float_info.max
+            may_be_0 = name in ("alpha", "alpha_r", "plausibility", "warmup_ratio", "seed")
+            highest = 1 if name in ("plausibility", "warmup_ratio") else sys.float_info.max
             if not 0 <= value <= highest or (value == 0 and not may_be_0):
                 least = "at least 0" if may_be_0 else "more than 0"
                 raise BadInput(f"--{name} is {value}: it must be {least} and at most {highest:g}")
@@ -1572,6 +1685,18 @@ def check_sampling(lm: LM, name: str) -> None:
         difference = token_logps(logits, ids[-8:]) - token_logps(own, ids[-8:])
         if not difference.abs().max() < 1e-2:
             raise BadInput(f"model {name} is not supported: generate() departs from its own distribution")
+
+
+def load_judge(run: Run) -> tuple:
+    """(model, tokenizer) of the reward model --judge. Raises BadInput unless it has one output."""
+    name = run.args.judge
+    folder, tokenizer = fetch_model(name), load_tokenizer(name)
+    with using(f"judge {name} cannot be loaded"):
+        options = {"dtype": torch.float32, "trust_remote_code": False, "use_safetensors": True}
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, **options)
+    if model.config.num_labels != 1:
+        raise BadInput(f"judge {name} has {model.config.num_labels} outputs: name a reward model, which has one")
+    return model.eval().to(run.device), tokenizer
 
 
 def load_frozen(run: Run, name: str, device=None) -> LM:

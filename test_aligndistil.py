@@ -196,14 +196,35 @@ def test_the_teachers_where_they_must_agree():
         return torch.allclose(a.softmax(-1), b.softmax(-1), atol=1e-12)
 
     ratio = 1.7  # β0/β
-    assert same(ad.teacher_logits(ref, dpo, ref, constant(ratio)), ratio * dpo + (1 - ratio) * ref)  # Eq. 11
-    assert same(ad.teacher_logits(dpo, dpo, rev, constant(ratio)), (1 + ratio) * dpo - ratio * rev)  # Eq. 15
-    assert same(ad.teacher_logits(ref, dpo, ref, constant(1.0)), dpo)  # β = β0: RLHF's optimum is DPO's
-    assert same(ad.teacher_logits(dpo, dpo, rev, constant(0.0)), dpo)  # plain distillation
+    assert same(ad.teacher_logits(ref, dpo - ref, constant(ratio)), ratio * dpo + (1 - ratio) * ref)  # Eq. 11
+    assert same(ad.teacher_logits(dpo, dpo - rev, constant(ratio)), (1 + ratio) * dpo - ratio * rev)  # Eq. 15
+    assert same(ad.teacher_logits(ref, dpo - ref, constant(1.0)), dpo)  # β = β0: RLHF's optimum is DPO's
+    assert same(ad.teacher_logits(dpo, dpo - rev, constant(0.0)), dpo)  # plain distillation
     adaptive = ad.adaptive_alpha(dpo, rev, r=4.0)
-    teacher = ad.teacher_logits(dpo, dpo, rev, adaptive)  # Eq. 17
+    teacher = ad.teacher_logits(dpo, dpo - rev, adaptive)  # Eq. 17
     for b, t in itertools.product(range(2), range(3)):
         assert same(teacher[b, t], dpo[b, t] + adaptive[b, t].item() * (dpo - rev)[b, t])
+    judges_all = ad.plausible_difference(dpo, rev + 7, kappa=1e-30)  # logits are known up to a constant
+    assert same(ad.teacher_logits(dpo, judges_all, adaptive), teacher)
+
+
+def test_plausible_difference_by_loops():
+    dpo, rev, kappa = random_logits(3, 7), random_logits(3, 7).flip(-1), 0.1
+    found = ad.plausible_difference(dpo + 3, rev - 2, kappa)
+    for i in range(3):
+        p, q = probabilities(dpo[i]), probabilities(rev[i])
+        reward = [math.log(a / b) if a >= kappa * max(p) else 0 for a, b in zip(p, q)]
+        assert found[i].tolist() == pytest.approx(reward, abs=1e-12)
+    assert 0 < (found == 0).sum() < 21, "both kinds of tokens are there"
+
+
+def test_implausible_mass_by_loops():
+    dpo, target = 2 * random_logits(3, 7), random_logits(3, 7).flip(-1)
+    found = ad.implausible_mass(target, dpo)
+    for i in range(3):
+        p, q = probabilities(dpo[i]), probabilities(target[i])
+        assert found[i].item() == pytest.approx(sum(b for a, b in zip(p, q) if a < 1e-3), abs=1e-12)
+    assert found.max() > 0.01
 
 
 def test_reverse_kl_by_loops_and_at_extreme_logits():
@@ -239,7 +260,7 @@ def test_theorem_1_by_enumeration():
         for z, token in states:
             theta, dpo, ref = z.log_softmax(-1)
             left += probability * (beta0 * (dpo - ref) - beta * (theta - ref))[token].item()
-            teacher = ad.teacher_logits(z[2], z[1], z[2], ratio)
+            teacher = ad.teacher_logits(z[2], z[1] - z[2], ratio)
             log_z = torch.logsumexp(ratio * dpo + (1 - ratio) * ref, -1)
             right += probability * -beta * (ad.reverse_kl(z[0], teacher) - log_z).item()
     assert left == pytest.approx(right, abs=1e-12)
@@ -332,6 +353,7 @@ def test_distillation_in_chunks_is_the_dense_one(head):
 
     own, of_dpo, of_rev = (dense_token_logps(z.detach().double(), batch) for z in (p, d, r))
     means = {"alpha": alpha, "beta_t": 0.1 / alpha, "kl_teacher": ad.reverse_kl(p, target), "entropy": -own}
+    means["implausible"] = ad.implausible_mass(target, d)
     watched = {name: ((x * mask).sum(-1) / mask.sum(-1)).sum().item() for name, x in means.items()}
     watched |= {"reward": 0.1 * (of_dpo - of_rev).sum().item(), "kl_dpo": (own - of_dpo).sum().item()}
     assert {name: sums[name].item() for name in watched} == pytest.approx(watched, rel=1e-5)
@@ -366,20 +388,25 @@ def test_sft_and_dpo_in_chunks_are_the_dense_ones(head):
     assert ad.dpo_batch_loss(policy, batch, 1.0, beta=0.1)["accuracy"] == 0, "a tie is no preference"
 
 
-def test_the_two_rewards_and_constant_alpha_pick_the_right_teacher():
-    """Notices a wrong model as anchor or base, a dropped weight, and an infinite one where α is 0."""
+def test_every_teacher_by_its_settings():
+    """Notices a wrong model as anchor or base, a dropped weight or κ, and an infinite weight where α is 0."""
     policy, dpo, base = (tiny_lm(seed) for seed in range(3))
     batch = ad.collate(singles(), pad_id=0)
     p, d, b = (dense_logits(lm, batch).detach() for lm in (policy, dpo, base))
-    for reward, alpha, weight in [("contrastive", 2, 0.05), ("vanilla", 2, 0.05), ("contrastive", 0.0, 1)]:
-        teacher = teacher_of(dpo, base, reward=reward, alpha=float(alpha))
+    for reward, alpha, weight, kappa in [
+        ("contrastive", 2, 0.05, 0.0), ("vanilla", 2, 0.05, 0.0), ("contrastive", 0.0, 1, 0.0),
+        ("contrastive", 2, 0.05, 0.2), ("vanilla", 2, 0.05, 0.2),
+    ]:  # fmt: skip
+        teacher = teacher_of(dpo, base, reward=reward, alpha=float(alpha), plausibility=kappa)
         sums = ad.distillation_batch_loss(policy, batch, 1.0, teacher, beta=0.1, on_policy=False)
-        target = (d if reward == "contrastive" else b) + alpha * (d - b)
+        pd, judged = d.softmax(-1), d.log_softmax(-1) - b.log_softmax(-1)
+        judged[pd < kappa * pd.amax(-1, keepdim=True)] = 0
+        target = (d if reward == "contrastive" else b) + alpha * judged
         dense = dense_distillation_loss(p, target, weight, response_mask(batch))
         assert sums["loss"].item() / 4 == pytest.approx(dense.item(), rel=1e-5)
         assert sums["beta_t"].item() / 4 == pytest.approx(weight)
         name = "reward" if reward == "contrastive" else "reward_dpo"
-        assert sums.keys() == {"loss", "alpha", "beta_t", "kl_teacher", name}
+        assert sums.keys() == {"loss", "alpha", "beta_t", "kl_teacher", "implausible", name}
 
 
 def losses_and_examples():
@@ -904,18 +931,54 @@ def test_splits_of_a_folder(load, tmp_path):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def test_true_rewards_depend_on_context():
-    for text, rewards in {
-        "the bed was superb": [0, 0, 0, 2],
-        "the bed was very superb": [0, 0, 0, 0, 3],
-        "it was not superb": [0, 0, 0, -1],
-        "it was not very awful": [0, 0, 0, 0, 1.5],
-        "superb superb was very very good": [-1, -1, 0, 0, 0, -1],
+HOTEL = "how was the hotel ?"
+GOOD = "the room was superb . overall it was superb ."
+
+
+def test_the_truth_depends_on_context():
+    for review, rewards in {
+        "the bed was superb . overall it was bad .": [0, 0, 0, 2, 0, 0, 0, 0, -1, 0, 0],
+        "the bed was very good . overall it was not superb .": [0, 0, 0, 0, 1.5, 0, 0, 0, 0, 0, -1, 0, 0],
+        "the bed was not very awful": [0, 0, 0, 0, 0, 1, -2],
+        "superb superb was good": [-2, -2, -2, 1, -2],
+        "the cake was good , the cake was .": [0, -2, 0, 1, 0, 0, -2, 0, -2, -2],
     }.items():
-        assert ad.true_token_rewards(text.split()) == rewards, text
-    assert ad.true_reward("the bed was superb and the bed was bad") == 0.5
-    assert ad.true_reward("the bed was superb " * 5) == 2, "length earns nothing"
-    assert ad.true_reward("the bed") == 0
+        assert [word.reward for word in ad.judge_words(HOTEL, review)] == rewards, review
+    assert ad.true_reward(HOTEL, "the bed was superb . overall it was bad .") == 0.5
+    longer = "the bed was superb and the room was very superb . overall it was superb ."
+    assert ad.true_reward(HOTEL, longer) == ad.true_reward(HOTEL, GOOD) == 2, "length earns nothing"
+
+
+BROKEN = [
+    "", "superb", "superb .", "overall", ".", "the", "the room was superb", "the room was superb .", GOOD[:-2],
+    GOOD.replace("superb", "superb superb"), GOOD.replace("superb", "very very superb"), GOOD + " superb",
+    GOOD.replace("room", "coffee"), GOOD.replace("room", ""), GOOD.replace("the", ""), GOOD + " " + GOOD,
+    "the room was superb , " + GOOD, "the room was superb and " * 20, "superb " * 40, "overall it was superb .",
+    "the room was . overall it was superb .", "the room was not . overall it was superb .",
+    "the room was superb . the bed was superb .", "really the lovely . bed was it overall ,",
+    "the room bed was superb . overall it was superb .", "the breakfast was lovely , the breakfast was not .",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("review", BROKEN)
+def test_broken_language_earns_nothing(review):
+    """Notices a review that no person would write and that earns more than the worst that one would."""
+    assert not ad.well_formed(HOTEL, review)
+    assert ad.true_reward(HOTEL, review) == -2
+
+
+def test_no_edit_of_a_review_earns_by_breaking_it():
+    """Each word of real reviews left out, doubled, or another one put before it or in its place."""
+    draw = random.Random(0)
+    for record in ad.demo_records(100, seed=5):
+        prompt, words = record["prompt"], record["chosen"].split()
+        assert ad.well_formed(prompt, record["chosen"]) and ad.well_formed(prompt, record["rejected"])
+        for i in range(len(words)):
+            other = draw.choice(ad.DEMO_WORDS)
+            for middle in ([], [words[i], words[i]], [other, words[i]], [other]):
+                edited = " ".join([*words[:i], *middle, *words[i + 1 :]])
+                if not ad.well_formed(prompt, edited):
+                    assert ad.true_reward(prompt, edited) <= ad.true_reward(prompt, record["chosen"])
 
 
 def test_demo_records_are_mixed_noisy_and_seeded():
@@ -923,11 +986,14 @@ def test_demo_records_are_mixed_noisy_and_seeded():
     assert records == ad.demo_records(400, seed=3) != ad.demo_records(400, seed=4)
     words = {word for record in records for text in record.values() for word in text.split()}
     assert words <= set(ad.DEMO_WORDS)
+    gaps = []
     for record in records:
-        rewards = ad.true_token_rewards(record["chosen"].split())
+        prompt = record["prompt"]
+        rewards = [word.reward for word in ad.judge_words(prompt, record["chosen"])]
         assert min(rewards) < 0 < max(rewards)
-    agree = sum(ad.true_reward(r["chosen"]) > ad.true_reward(r["rejected"]) for r in records) / 400
-    assert 0.7 < agree < 0.95, "labels follow the true reward, with noise"
+        gaps.append(ad.true_reward(prompt, record["chosen"]) - ad.true_reward(prompt, record["rejected"]))
+    expected = statistics.mean(1 / (1 + math.exp(-4 * abs(gap))) for gap in gaps)
+    assert statistics.mean(gap > 0 for gap in gaps) == pytest.approx(expected, abs=0.06), "Bradley-Terry"
     assert ad.demo_model(0).num_parameters() < 150_000
 
 
@@ -1118,6 +1184,9 @@ BAD = {  # what is wrong: (flags, where {} is a folder of prepared files; what t
     "batch size": ("--batch_size 0", r"--batch_size is 0"),
     "warm-up": ("--warmup_ratio 2", r"--warmup_ratio is 2\.0"),
     "alpha": ("--alpha foo", r"--alpha: invalid .*'foo'"),
+    "judge without one output": ("--judge {}/two_outputs", r"judge .*two_outputs has 2 outputs: name a reward"),
+    "no judge": ("--judge nowhere/judge", r"model nowhere/judge cannot be had .*nowhere|hub is out of reach"),
+    "kappa above 1": ("--plausibility 1.5", r"--plausibility is 1.5: .* at most 1"),
     "alpha 0 of the reference": ("--alpha 0 --reward vanilla", r"--alpha 0 --reward vanilla"),
     "unknown flag": ("--lerning_rate 1", r"--lerning_rate"),
     "device": ("--device cuda:7", r"device cuda:7 is not there"),
@@ -1163,6 +1232,9 @@ def prepared(tmp_path_factory, base):
     (folder / "half.jsonl").write_text("\n".join([half, *lines]))
     save_tiny_model(folder / "smaller", vocabulary=310)
     save_tiny_model(folder / "latin", text=LATIN)
+    judge = transformers.AutoModelForSequenceClassification.from_pretrained(base)
+    judge.save_pretrained(folder / "two_outputs")
+    transformers.AutoTokenizer.from_pretrained(base).save_pretrained(folder / "two_outputs")
     for name in ("corrupt", "nan"):
         shutil.copytree(base, folder / name)
     weights = folder / "corrupt" / "model.safetensors"
@@ -1281,13 +1353,15 @@ def test_finished_run(prepared, base):
 
 EVERY_STEP = {"stage", "step", "loss", "tokens", "grad_norm", "learning_rate", "tokens_per_s"}
 OF_DPO = {"accuracy", "margin", "reward_chosen", "reward_rejected"}
-OF_POLICY = {"alpha", "beta_t", "kl_teacher", "reward", "entropy", "kl_dpo", "length"}
+OF_POLICY = {"alpha", "beta_t", "kl_teacher", "implausible", "reward", "entropy", "kl_dpo", "length"}
 
 
 @pytest.mark.parametrize("of_demo", [False, True])
 def test_what_a_run_leaves(prepared, demo, of_demo):
     """Notices a missing model, tokenizer, column or number in the output folder."""
-    folder, steps, truth = (demo, 3, {"true_reward"}) if of_demo else (prepared / "run", 6, set())
+    folder, steps, truth = prepared / "run", 6, set()
+    if of_demo:
+        folder, steps, truth = demo, 3, {"true_reward", "well_formed"}
     columns = {"sft": set(), "dpo": OF_DPO, "reverse_dpo": OF_DPO, "policy": OF_POLICY | truth}
     lines = metrics(folder)
     expected = list(itertools.product(STAGES, range(1, steps + 1)))
@@ -1299,10 +1373,12 @@ def test_what_a_run_leaves(prepared, demo, of_demo):
         assert len(transformers.AutoTokenizer.from_pretrained(folder / stage)) <= model.config.vocab_size
 
     results, samples = (json.loads((folder / f"{name}.json").read_text()) for name in ("results", "samples"))
-    scores = {"reward", "kl_ref", "length", "entropy"} | truth
+    scores = {"reward", "kl_ref", "length", "entropy", "distinct"} | truth
+    if of_demo:
+        scores |= {"win_rate", "win_rate_pm", "true_reward_pm"}
     assert list(results["models"]) == ["reference", "dpo", "reverse_dpo", "policy"]
     for name, row in results["models"].items():
-        assert row.keys() == scores | ({"win_rate"} if of_demo else set())
+        assert row.keys() == scores
         mean = statistics.mean(sample["kl_ref"] for sample in samples if sample["generator"] == name)
         assert row["kl_ref"] == pytest.approx(mean) and (abs(mean) < 1e-5) == (name == "reference")
     assert results["reward_accuracy"].keys() == {"dpo", "reverse", "contrastive"}
@@ -1310,13 +1386,47 @@ def test_what_a_run_leaves(prepared, demo, of_demo):
         assert 0 <= row["accuracy"] <= 1 and row["pairs"] == (20 if of_demo else 4)
 
     assert len(samples) == 4 * (8 if of_demo else 4)
-    assert all(sample.keys() == {"instruction", "output", "generator"} | scores for sample in samples)
+    columns = {"instruction", "output", "generator"} | scores - {"distinct", "win_rate_pm", "true_reward_pm"}
+    assert all(sample.keys() == columns for sample in samples)
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert page.count("<svg") == 4 and not re.search(r"src=|@import|<script", page)
     shown = samples if len(samples) == 16 else [sample for i, sample in enumerate(samples) if i % 8 < 6]
     assert page.count("<span") == sum(sample["length"] for sample in shown)
     assert json.loads((folder / "config.json").read_text())["alpha_r"] == (4.0 if of_demo else 30.0)
     assert not list(folder.glob("*.partial")) and not (folder / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_judge_and_vanilla(prepared, base, tmp_path, chat):
+    """Notices scores of another text or order than the judge's own, and a reverse model trained for nothing."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    if chat:
+        tokenizer.chat_template = "{% for m in messages %}{{ m['role'][0] }} {{ m['content'] }};{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "judge")
+    torch.manual_seed(5)
+    config = transformers.GPT2Config(
+        vocab_size=len(tokenizer), n_positions=512, n_embd=32, n_layer=1, n_head=2, num_labels=1
+    )
+    judge = transformers.GPT2ForSequenceClassification(config).eval()
+    judge.save_pretrained(tmp_path / "judge")
+    settings = {"judge": str(tmp_path / "judge"), "reward": "vanilla", "plausibility": 0.1, "max_steps": 1}
+    align(base, prepared, tmp_path / "out", **RESUMED | settings)
+    results, samples = (
+        json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in ("results", "samples")
+    )
+    assert list(results["models"]) == ["reference", "dpo", "policy"] and list(results["reward_accuracy"]) == ["dpo"]
+    assert {"reward_dpo", "judge", "judge_pm", "win_rate", "win_rate_pm"} <= results["models"]["policy"].keys()
+    assert not (tmp_path / "out" / "reverse_dpo").exists()
+    for sample in samples:
+        text = sample["instruction"] + sample["output"]
+        if chat:
+            text = f"u {sample['instruction']};a {sample['output']};"
+        score = judge(**tokenizer(text, return_tensors="pt")).logits.item()
+        assert sample["judge"] == pytest.approx(score, abs=1e-5)
+    wins = [x["judge"] > y["judge"] for x, y in zip(samples[8:], samples[:4])]
+    ties = [x["judge"] == y["judge"] for x, y in zip(samples[8:], samples[:4])]
+    expected = statistics.mean(wins) + statistics.mean(ties) / 2
+    assert results["models"]["policy"]["win_rate"] == pytest.approx(expected)
 
 
 def test_the_seed_decides(prepared, base, tmp_path):
