@@ -110,7 +110,7 @@ class Args:
 
 
 DEMO = dict(
-    dataset="demo", alpha_r=4.0, sft_learning_rate=1e-3, dpo_learning_rate=3e-5, distill_learning_rate=3e-4,
+    dataset="demo", plausibility=0.1, sft_learning_rate=5e-3, dpo_learning_rate=1e-5, distill_learning_rate=1e-3,
     sft_epochs=4.5, dpo_epochs=2.5, distill_epochs=1.5, batch_size=64, max_length=64, max_prompt_length=12,
     sampling_batch_size=256, eval_prompts=512,
 )  # fmt: skip
@@ -1070,7 +1070,7 @@ GRAMMAR = {  # state: {the kinds of words that may follow: the state that each l
     "verdict": {".": "end"},
     "end": {"<end>": "end"},
 }
-SHARES = {"not": 0.2, "booster": 0.25, "opinion": 0.55, "join": 0.6, ".": 0.4}  # where a state has a choice
+SHARES = {"not": 0.5, "booster": 0.15, "opinion": 0.35, "join": 0.6, ".": 0.4}  # where a state has a choice
 ASKING = ["write a review of the {} .", "how was the {} ?", "what did you think of the {} ?"]
 DEMO_WORDS = sorted({*" ".join(ASKING).split(), *THINGS, *KIND_OF, "not", "was", "overall", "it"} - {"{}"})
 BROKEN = -2.0
@@ -1086,8 +1086,8 @@ class Word(NamedTuple):
 def judge_words(prompt: str, review: str) -> list:
     """A Word for every word of a review, and one for its end, by the grammar that the data is drawn from.
 
-    An opinion earns its valence: "superb" 2; by half more with a booster, but 2 at most; "not" turns and
-    halves it. Any word that cannot stand where it stands costs 2, as much as the worst opinion: one that the
+    An opinion earns its valence: "superb" 2; by half more with a booster, but 2 at most; "not" turns
+    it. Any word that cannot stand where it stands costs 2, as much as the worst opinion: one that the
     grammar does not have there, a part of another thing than the prompt asks about, a part that was judged
     before, an end in the middle. All other words have 0.
     """
@@ -1101,7 +1101,7 @@ def judge_words(prompt: str, review: str) -> list:
         if kind == "was":
             strength, sign = 1.0, 1.0
         elif kind == "not":
-            sign = -0.5
+            sign = -1.0
         elif kind == "booster":
             strength = 1.5
         elif kind == "part" and fits:
