@@ -104,7 +104,7 @@ class Args:
     # evaluation and logs
     eval_pairs: int = 1000  # held-out records for the reward accuracy, at most
     eval_prompts: int = 128  # held-out prompts that every model answers, at most
-    judge: str | None = None  # reward model (folder or hub id) that scores the answers; the demo has its truth
+    judge: str | None = None  # reward model (folder, hub id) that scores the answers; the demo has its truth
     sample_steps: int = 50  # show a response of the model in training every so many steps
     save_steps: int = 100  # write a checkpoint every so many steps
 
@@ -199,12 +199,13 @@ def teacher_logits(anchor_logits: Tensor, difference: Tensor, alpha: Tensor) -> 
 
 
 def plausible_difference(dpo_logits: Tensor, base_logits: Tensor, kappa: float) -> Tensor:
-    """1[v ∈ P]·(log π_dpo − log π_base) with P = {v: π_dpo(v) ≥ κ·max_u π_dpo(u)}: (..., V). Not in the paper.
+    """1[v ∈ P]·(log π_dpo − log π_base) with P = {v: π_dpo(v) ≥ κ·max_u π_dpo(u)}: (..., V), κ > 0.
 
-    Where neither model ever goes, the difference of their logits is an accident of training, and α times it
-    can lift an impossible token to the top. So tokens outside P are not judged: their reward is 0, and in
-    Theorem 1 r̃ = 1[P]·r_ctr takes the place of r_ctr. It has to be log-probabilities, since the free constant
-    of logits would move one group of tokens against the other. κ = 0 judges all tokens: Eq. 17.
+    Not in the paper; the set is contrastive decoding's. Where neither model ever goes, their difference is an
+    accident of training, and α times it can lift an impossible token to the top. So tokens outside P are not
+    judged: Theorem 1 with r̃ = 1[P]·r_ctr instead of r_ctr. It has to be log-probabilities, since the free
+    constant of logits would move one group of tokens against the other. With κ = 0 all tokens are judged, and
+    the teacher is Eq. 17.
     """
     difference = dpo_logits.log_softmax(-1) - base_logits.log_softmax(-1)
     plausible = dpo_logits >= dpo_logits.amax(-1, keepdim=True) + math.log(kappa)
@@ -845,8 +846,6 @@ def read_records(args: Args) -> tuple:
     kind = FILE_KINDS.get(Path(name.removesuffix(".gz")).suffix.lower())
     if kind and not os.path.isfile(name):
         raise BadInput(f"--dataset {name}: no such file; check the path")
-    if name.lower().endswith(".jsonl"):
-        check_json_lines(name)
     options = {"path": kind or name, "name": config or None}
     if kind:
         options["data_files"] = name
@@ -866,18 +865,6 @@ def read_records(args: Args) -> tuple:
     if not {"chosen", "rejected"} <= set(columns):
         raise BadInput(f"--dataset {name} needs columns 'chosen' and 'rejected', it has {columns}")
     return splits[train_split], splits.get(test_split)
-
-
-def check_json_lines(path: str) -> None:
-    """Raise BadInput with the first line that is no JSON object in UTF-8."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                value = json.loads(line) if line.strip() else {}
-            except ValueError as error:
-                raise BadInput(f"{path}, line {number}: not JSON in UTF-8 ({error}); mend the line") from None
-            if not isinstance(value, dict):
-                raise BadInput(f"{path}, line {number}: not a JSON object; mend the line")
 
 
 def choose_splits(args: Args, names: list) -> tuple:
@@ -1286,7 +1273,8 @@ def evaluate(run: Run, folders: dict, test_pairs) -> dict:
 def sample_and_score(run: Run, lms: dict, name: str, rows: list):
     """One response of lms[name] to each row's prompt, as a table in AlpacaEval's form with more columns.
 
-    `reward` is Σ_t r_ctr (Eq. 12; `reward_dpo`, Eq. 5, with the vanilla teacher), `kl_ref` Σ_t KL(π ‖ π_ref), exact over the vocabulary at each state, in
+    `reward` is Σ_t r_ctr (Eq. 12; with the vanilla teacher `reward_dpo`, Eq. 5), `kl_ref` Σ_t KL(π ‖ π_ref),
+    exact over the vocabulary at each state, in
     nats; `length` counts tokens; `entropy` is the mean over tokens, in nats; the demo has its truth beside.
     """
     import pandas as pd
