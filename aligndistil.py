@@ -569,11 +569,8 @@ def own_responses(run: Run, lm: LM, rows: list) -> tuple[list, dict]:
     sampled = sample(run, lm, [row["prompt"] for row in rows])
     examples = [[Response(row["prompt"], tokens)] for row, tokens in zip(rows, sampled)]
     sums = {"length": sum(map(len, sampled))}
-    if run.args.dataset == "demo":
-        prompts = run.tokenizer.batch_decode([row["prompt"] for row in rows])
-        texts = run.tokenizer.batch_decode(sampled, skip_special_tokens=True)
-        sums["true_reward"] = sum(map(true_reward, prompts, texts))
-        sums["well_formed"] = sum(map(well_formed, prompts, texts))
+    for name, values in truth(run, rows, sampled).items():
+        sums[name] = sum(values)
     return examples, sums
 
 
@@ -1114,6 +1111,18 @@ def true_reward(prompt: str, review: str) -> float:
     return sum(rewards) / len(rewards)
 
 
+def truth(run: Run, rows: list, sampled: list) -> dict:
+    """The truth about sampled responses to the rows' prompts, a list each; nothing but the demo has it."""
+    if run.args.dataset != "demo":
+        return {}
+    prompts = run.tokenizer.batch_decode([row["prompt"] for row in rows])
+    reviews = run.tokenizer.batch_decode(sampled, skip_special_tokens=True)
+    return {
+        "true_reward": list(map(true_reward, prompts, reviews)),
+        "well_formed": list(map(well_formed, prompts, reviews)),
+    }
+
+
 def demo_records(n: int, seed: int) -> list:
     """n preference pairs of the demo world; which response is chosen is drawn by Bradley–Terry (Eq. 1)."""
     generator = random.Random(seed)
@@ -1218,7 +1227,7 @@ def add_reference_logps(run: Run, reference: str, pairs):
 
 
 def evaluate(run: Run, folders: dict, test_pairs) -> dict:
-    """Compare π_ref, π_dpo, π_dpo⁻ and the policy, given as folders; write and print what is found.
+    """Compare π_ref, π_dpo, π_dpo⁻ (if there is one) and the policy; write and print what is found.
 
     `models` holds means over each model's own responses to held-out prompts (see `sample_and_score`), and how
     many of these are distinct. The judge is the demo's truth or --judge: its mean score and the win rate
@@ -1235,14 +1244,14 @@ def evaluate(run: Run, folders: dict, test_pairs) -> dict:
     samples = pd.concat([sample_and_score(run, lms, name, rows) for name in lms])
     if run.args.judge:
         samples["judge"] = judge_scores(run, samples)
-    judges = [name for name in ("judge", "true_reward") if name in samples][:1]
-    for judge in judges:
+    judge = "judge" if run.args.judge else "true_reward"
+    if judge in samples:
         scores = samples[judge].to_numpy().reshape(len(lms), -1)
         samples["win_rate"] = ((scores > scores[0]) + 0.5 * (scores == scores[0])).ravel()
     groups = samples.groupby("generator", sort=False)
     models = groups.mean(numeric_only=True)
     models["distinct"] = groups["output"].nunique() / len(rows)
-    for name in [*judges, "win_rate"] if judges else []:
+    for name in [name for name in (judge, "win_rate") if name in samples]:
         models[f"{name}_pm"] = 1.96 * groups[name].sem()
     accuracy = reward_accuracy(run, lms, test_pairs)
     results = {"models": models.to_dict("index"), "reward_accuracy": accuracy.to_dict("index")}
@@ -1274,8 +1283,8 @@ def sample_and_score(run: Run, lms: dict, name: str, rows: list):
     """One response of lms[name] to each row's prompt, as a table in AlpacaEval's form with more columns.
 
     `reward` is Σ_t r_ctr (Eq. 12; with the vanilla teacher `reward_dpo`, Eq. 5), `kl_ref` Σ_t KL(π ‖ π_ref),
-    exact over the vocabulary at each state, in
-    nats; `length` counts tokens; `entropy` is the mean over tokens, in nats; the demo has its truth beside.
+    exact over the vocabulary at each state, in nats; `entropy` is the mean over tokens, in nats; `length`
+    counts tokens. The demo has its truth beside.
     """
     import pandas as pd
 
@@ -1300,10 +1309,8 @@ def sample_and_score(run: Run, lms: dict, name: str, rows: list):
     table["generator"] = name
     table[[teacher.reward_name, "kl_ref", "entropy"]] = sums.tolist()
     table["length"] = [len(tokens) for tokens in sampled]
-    if run.args.dataset == "demo":
-        prompts = run.tokenizer.batch_decode([row["prompt"] for row in rows])
-        table["true_reward"] = list(map(true_reward, prompts, outputs))
-        table["well_formed"] = list(map(well_formed, prompts, outputs))
+    for column, values in truth(run, rows, sampled).items():
+        table[column] = values
     table["tokens"] = sampled
     return table
 

@@ -1392,7 +1392,7 @@ def test_what_a_run_leaves(prepared, demo, of_demo):
     assert page.count("<svg") == 4 and not re.search(r"src=|@import|<script", page)
     shown = samples if len(samples) == 16 else [sample for i, sample in enumerate(samples) if i % 8 < 6]
     assert page.count("<span") == sum(sample["length"] for sample in shown)
-    assert json.loads((folder / "config.json").read_text())["alpha_r"] == (4.0 if of_demo else 30.0)
+    assert json.loads((folder / "config.json").read_text())["plausibility"] == (0.1 if of_demo else 0.0)
     assert not list(folder.glob("*.partial")) and not (folder / "checkpoint.pt").exists()
 
 
@@ -1414,7 +1414,8 @@ def test_judge_and_vanilla(prepared, base, tmp_path, chat):
     results, samples = (
         json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in ("results", "samples")
     )
-    assert list(results["models"]) == ["reference", "dpo", "policy"] and list(results["reward_accuracy"]) == ["dpo"]
+    assert list(results["models"]) == ["reference", "dpo", "policy"]
+    assert list(results["reward_accuracy"]) == ["dpo"]
     assert {"reward_dpo", "judge", "judge_pm", "win_rate", "win_rate_pm"} <= results["models"]["policy"].keys()
     assert not (tmp_path / "out" / "reverse_dpo").exists()
     for sample in samples:
