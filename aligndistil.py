@@ -14,7 +14,7 @@ The policy is distilled from that teacher on the policy's own samples.
 Where it departs from the authors' code, it follows the paper: the loss covers every response token, the first
 one too; TVD has its factor 1/2 (their beta2 is r/2); models whose vocabularies differ are refused and not
 cut. Left out: sharded weights (the policy and its optimizer must fit one device) and generation by a separate
-server.
+server. Added: --plausibility, which keeps the teacher from tokens that no model would write; 0 is the paper.
 
 Sections: 1 settings, 2 the mathematics, 3 the losses and the teacher, 4 the algorithm (align), 5 the training
 loop, 6 a language model taken apart, 7 data, 8 the demo world, 9 evaluation and report, 10 the run. The
@@ -1115,7 +1115,7 @@ def truth(run: Run, rows: list, sampled: list) -> dict:
     """The truth about sampled responses to the rows' prompts, a list each; nothing but the demo has it."""
     if run.args.dataset != "demo":
         return {}
-    prompts = run.tokenizer.batch_decode([row["prompt"] for row in rows])
+    prompts = [row["instruction"] for row in rows]
     reviews = run.tokenizer.batch_decode(sampled, skip_special_tokens=True)
     return {
         "true_reward": list(map(true_reward, prompts, reviews)),
