@@ -110,13 +110,13 @@ class Args:
 
 
 DEMO = dict(
-    dataset="demo", plausibility=0.1, sft_learning_rate=5e-3, dpo_learning_rate=1e-5, distill_learning_rate=1e-3,
-    sft_epochs=4.5, dpo_epochs=2.5, distill_epochs=1.5, batch_size=64, max_length=64, max_prompt_length=12,
-    sampling_batch_size=256, eval_prompts=512,
+    dataset="demo", plausibility=0.1, batch_size=64, max_length=64, max_prompt_length=12, eval_prompts=512,
+    sft_learning_rate=5e-3, dpo_learning_rate=1e-5, distill_learning_rate=1e-3, sft_epochs=4.5,
+    dpo_epochs=2.5, distill_epochs=1.5, sampling_batch_size=256,
 )  # fmt: skip
 # A run may go on with others of these. Those of speed change rounding, or which responses are drawn.
-FREE_SETTINGS = """output_dir judge save_steps sample_steps tokens_per_micro_batch chunk_size sampling_batch_size
-    gradient_checkpointing device teacher_device""".split()
+FREE_SETTINGS = """output_dir judge save_steps sample_steps tokens_per_micro_batch chunk_size
+    sampling_batch_size gradient_checkpointing device teacher_device""".split()
 
 
 class Parser(transformers.HfArgumentParser):
@@ -250,10 +250,10 @@ class ReverseKL(torch.autograd.Function):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 3  The losses and the teacher. Each loss maps (lm, batch, scale) to sums over the batch's examples (responses,
+# 3  The losses and the teacher. Each loss maps (lm, batch, scale) to sums over its examples (responses
 #    or pairs): the loss and what is worth watching. It leaves scale·∇loss in the weights' .grad. The training
-#    loop passes scale = 1 / (examples of the whole optimisation batch), so neither micro-batches nor the number
-#    of processes change the gradient.
+#    loop passes scale = 1 / (examples of the whole optimisation batch), so neither micro-batches nor the
+#    number of processes change the gradient.
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -268,7 +268,7 @@ def sft_batch_loss(lm: LM, batch: Batch, scale: float) -> dict:
 
 
 def dpo_batch_loss(lm: LM, batch: Batch, scale: float, beta: float) -> dict:
-    """Eq. 4, summed over pairs. The batch holds the chosen responses, then the rejected ones in the same order.
+    """Eq. 4, summed over pairs. The batch holds the chosen responses, then the rejected ones in like order.
 
     The loss is no sum over states, but its gradient is: Σ_t (∂L/∂log π(y|x))·∇log π(y_t|s_t). So the head
     runs once for the responses' log-probabilities, and once more for the gradient, weighted by these slopes.
@@ -437,9 +437,9 @@ def align(args: Args) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 5  The training loop that all stages share, what a step trains on, and sampling. A step is a pure function of
-#    the weights, the optimizer and its number: data order and sampling are seeded by (seed, stage, step, rank),
-#    so a checkpoint needs no random state.
+# 5  The training loop that all stages share, what a step trains on, and sampling. A step is a pure function
+#    of the weights, the optimizer and its number: data order and sampling are seeded by (seed, stage, step,
+#    rank), so a checkpoint needs no random state.
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -565,7 +565,7 @@ def swapped_responses(run: Run, lm: LM, rows: list) -> tuple[list, dict]:
 
 
 def own_responses(run: Run, lm: LM, rows: list) -> tuple[list, dict]:
-    """One response of the policy to each prompt, ŷ ~ π_θ(·|x): Eq. 18. Logged: length; in the demo the truth."""
+    """One response of the policy to each prompt, ŷ ~ π_θ(·|x): Eq. 18. Logged: length, the demo's truth."""
     sampled = sample(run, lm, [row["prompt"] for row in rows])
     examples = [[Response(row["prompt"], tokens)] for row, tokens in zip(rows, sampled)]
     sums = {"length": sum(map(len, sampled))}
@@ -601,9 +601,9 @@ def sample(run: Run, lm: LM, prompts: list, most: int | None = None) -> list:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 6  A language model taken apart. Logits over the vocabulary are what costs memory (50,257 numbers a state for
-#    GPT-2 against 768 of hidden state), so they are never made for a whole batch: the body runs first, the hidden
-#    states of the response states alone are kept, and the output head and the loss go over them in chunks.
+# 6  A language model taken apart. Logits over the vocabulary are what costs memory (50,257 numbers a state
+#    for GPT-2 against 768 of hidden state), so they are never made for a whole batch: the body runs first, the
+#    hidden states of the response states alone are kept, and output head and loss go over them in chunks.
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -718,7 +718,7 @@ class LM:
 
     @contextlib.contextmanager
     def checkpointing(self):
-        """Around forward and backward passes: layers recompute their activations, if the LM was made to do so.
+        """Around forward and backward passes: layers recompute activations, if the LM was made to do so.
 
         Layers do this in training mode only, in which generate() would have no cache; so it ends with the
         step, but not before the backward pass, which recomputes in the mode it finds.
@@ -865,7 +865,7 @@ def read_records(args: Args) -> tuple:
 
 
 def choose_splits(args: Args, names: list) -> tuple:
-    """(training split, held-out split or None) of those that are there. Raises BadInput for one that is not."""
+    """(training split, held-out split or None) of those there are. Raises BadInput for one that is not."""
     train_split, test_split = args.train_split, args.test_split
     if not train_split:
         train_split = "train_prefs" if "train_prefs" in names else "train"
@@ -981,7 +981,7 @@ def checked(value, key: str):
 
 
 def messages_of(transcript: str) -> list:
-    """A transcript as in hh-rlhf, "\\n\\nHuman: … \\n\\nAssistant: …", as messages; the answer is the last."""
+    """A transcript like hh-rlhf's, "\\n\\nHuman: … \\n\\nAssistant: …", as messages; the last one answers."""
     before, _, answer = transcript.rpartition(ASSISTANT)
     parts = re.split(r"\n\n(Human|Assistant):", before)
     roles = {"Human": "user", "Assistant": "assistant"}
@@ -990,7 +990,7 @@ def messages_of(transcript: str) -> list:
 
 
 def render_prompt(prompt, response: str, tokenizer) -> str:
-    """The text that goes before the response: by the model's chat template, or a plain one for a base model."""
+    """The text before the response: by the model's chat template, or a plain one for a base model."""
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -1022,12 +1022,13 @@ def stop_tokens(tokenizer, generation_config) -> list:
 
 THINGS = {
     "hotel": "room bed staff breakfast", "cafe": "coffee cake staff music", "film": "plot cast music ending",
-    "phone": "screen battery camera sound", "book": "plot style ending cover", "game": "plot music graphics sound",
-    "bike": "frame saddle price colour", "museum": "building guide shop price",
+    "phone": "screen battery camera sound", "book": "plot style ending cover",
+    "game": "plot music graphics sound", "bike": "frame saddle price colour",
+    "museum": "building guide shop price",
 }  # fmt: skip
 VALENCE = {
-    "superb": 2, "lovely": 2, "good": 1, "nice": 1, "pleasant": 1, "solid": 1, "fine": 0.5, "plain": -0.5, "bad": -1,
-    "dull": -1, "poor": -1, "weak": -1, "awful": -2, "dreadful": -2,
+    "superb": 2, "lovely": 2, "good": 1, "nice": 1, "pleasant": 1, "solid": 1, "fine": 0.5,
+    "plain": -0.5, "bad": -1, "dull": -1, "poor": -1, "weak": -1, "awful": -2, "dreadful": -2,
 }  # fmt: skip
 KINDS = {
     "opinion": list(VALENCE),
@@ -1205,7 +1206,7 @@ def pair_logps(run: Run, lm: LM, pairs, title: str) -> Tensor:
 
 
 def add_reference_logps(run: Run, reference: str, pairs):
-    """The pairs with the columns ref_chosen and ref_rejected: log π_ref(y|x), computed once and kept in a file.
+    """The pairs with columns ref_chosen and ref_rejected: log π_ref(y|x), computed once and kept in a file.
 
     The file is named by the reference's weights and the data, so that another reference never meets old
     values.
@@ -1251,8 +1252,9 @@ def evaluate(run: Run, folders: dict, test_pairs) -> dict:
     groups = samples.groupby("generator", sort=False)
     models = groups.mean(numeric_only=True)
     models["distinct"] = groups["output"].nunique() / len(rows)
-    for name in [name for name in (judge, "win_rate") if name in samples]:
-        models[f"{name}_pm"] = 1.96 * groups[name].sem()
+    if judge in samples:
+        for name in (judge, "win_rate"):
+            models[f"{name}_pm"] = 1.96 * groups[name].sem()
     accuracy = reward_accuracy(run, lms, test_pairs)
     results = {"models": models.to_dict("index"), "reward_accuracy": accuracy.to_dict("index")}
 
@@ -1351,18 +1353,19 @@ def reward_accuracy(run: Run, lms: dict, pairs):
     return table
 
 
-PAGE = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{title}</title><style>
-body {{ font: 15px/1.6 system-ui, sans-serif; max-width: 1000px; margin: 0 auto; padding: 1rem; color: #1f2328 }}
+PAGE = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width"><title>{title}</title><style>
+body {{ font: 15px/1.6 system-ui, sans-serif; max-width: 1000px; margin: auto; padding: 1em; color: #1f2328 }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; display: block; overflow-x: auto }}
 td, th {{ padding: .15rem .7rem; text-align: right; border: 0 }} svg {{ max-width: 100%; height: auto }}
 span {{ white-space: pre-wrap; overflow-wrap: anywhere; border-radius: 3px }}
 </style></head><body><h1>{title}</h1>
-<p>Means over one response of each model to each held-out prompt: reward Σ_t r_ctr, KL from π_ref in nats a response,
-length in tokens, entropy in nats a token.</p>{models}
-<p>In what share of the held-out pairs a reward prefers the chosen response, ± half of a 95 % interval.</p>{accuracy}
-<h2>Responses</h2><p>Green: the teacher's reward of the token is positive, red: negative; full colour at ±2 nats of
-log-ratio. Point at a token for its reward, α_t, and the teacher's three likeliest tokens there.</p>{responses}
+<p>Means over one response of each model to each held-out prompt: reward Σ_t r_ctr, KL from π_ref in nats a
+response, length in tokens, entropy in nats a token; _pm is half of a 95 % interval.</p>{models}
+<p>In what share of the held-out pairs a reward prefers the chosen response.</p>{accuracy}
+<h2>Responses</h2><p>Green: the teacher's reward of the token is positive, red: negative; full colour at ±2
+nats of log-ratio. The tooltip of a token has its reward, α_t, and the teacher's three likeliest tokens.</p>
+{responses}
 <h2>Training</h2>{curves}</body></html>
 """
 
@@ -1426,7 +1429,7 @@ def printable(text: str) -> str:
 
 
 def set_up(args: Args) -> tuple:
-    """Check all that can be checked before training, then open the output folder: (run, two sets of pairs)."""
+    """Check all that can be checked before training, open the output folder: (run, two sets of pairs)."""
     import datasets
 
     check_settings(args)
@@ -1536,7 +1539,7 @@ def open_output(run: Run, train_pairs, test_pairs) -> None:
 
 
 class Run:
-    """What every stage needs beside the mathematics: settings, tokenizer, device, processes, progress bars."""
+    """What every stage needs beside mathematics: settings, tokenizer, device, processes, progress bars."""
 
     def __init__(self, args: Args):
         self.args, self.out = args, Path(args.output_dir or f"runs/{Path(args.model).name}")
@@ -1642,7 +1645,7 @@ def load_tokenizer(name: str):
 
 
 def load_lm(run: Run, name: str, gradient_checkpointing: bool = False, device=None) -> LM:
-    """A causal LM in float32, whatever type it is stored in. Its logits are checked against the model's own."""
+    """A causal LM in float32, whatever it is stored in. Its logits are checked against the model's own."""
     options = {"dtype": torch.float32, "trust_remote_code": False, "use_safetensors": True}
     folder = None if name == "demo" else fetch_model(name)
     with using(f"model {name} cannot be loaded"):
@@ -1690,7 +1693,7 @@ def load_judge(run: Run) -> tuple:
         options = {"dtype": torch.float32, "trust_remote_code": False, "use_safetensors": True}
         model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, **options)
     if model.config.num_labels != 1:
-        raise BadInput(f"judge {name} has {model.config.num_labels} outputs: name a reward model, which has one")
+        raise BadInput(f"judge {name} has {model.config.num_labels} outputs: name a reward model; it has one")
     return model.eval().to(run.device), tokenizer
 
 
