@@ -1585,15 +1585,20 @@ def test_the_notebook_shows_the_current_source():
     """Notices source or a line number that is no more aligndistil.py's: run the notebook again."""
     shown, lines = 0, []
     for cell in notebook_cells("code"):
-        calls = re.findall(r"^show\((.*)\)$", cell.source, re.M)
-        names = [name for call in calls for name in call.split(", ")]
+        names = []
+        for call, given in re.findall(r"^(show|excerpt)\((.*)\)$", cell.source, re.M):
+            given = given.split(", ")
+            names += given if call == "show" else given[:1]
         sources = [text for text in markdown_outputs(cell) if text.startswith("```python")]
         for name, source in zip(names, sources, strict=True):
-            assert source == f"```python\n{inspect.getsource(named(name.removeprefix('ad.')))}```", name
+            code = inspect.getsource(named(name.removeprefix("ad.")))
+            without_docstring = re.sub(r'^ *"{3}.*?"{3}\n+', "", code, count=1, flags=re.M | re.S)
+            source = source.removeprefix("```python\n").removesuffix("```")
+            assert source == without_docstring or (source in code and source.count("\n") > 3), name
         shown += len(names)
         for text in markdown_outputs(cell):
             lines += re.findall(r"^\| [\d, ]+ \|.*\| `([\w.]+)` \| (\d+) \|", text, re.M)
-    assert shown >= 8
+    assert shown >= 8 and len(lines) >= 8
     for name, line in lines:
         assert int(line) == inspect.getsourcelines(named(name))[1], name
 
