@@ -1603,6 +1603,29 @@ def test_the_notebook_shows_the_current_source():
         assert int(line) == inspect.getsourcelines(named(name))[1], name
 
 
+def test_readme_notebook_and_code_agree():
+    """Notices a number of the README that is not the notebook's, or a default that is not the code's."""
+    readme = NOTEBOOK.with_name("README.md").read_text(encoding="utf-8")
+    tables = [output.data["text/html"] for cell in notebook_cells("code") for output in cell.outputs
+              if "well_formed</th>" in output.get("data", {}).get("text/html", "")]  # fmt: skip
+    columns = re.findall(r"<th>(\w+)</th>", tables[0].partition("</thead>")[0])
+    (header,) = re.findall(r"^ +(reward +kl_ref.*)$", readme, re.M)
+    compared = 0
+    for model in ("reference", "dpo", "policy"):
+        (cells,) = re.findall(rf"<th>{model}(?:, κ = 0.1)?</th>((?:\s*<td>[-\d.]+</td>)+)", tables[0])
+        ours = dict(zip(columns, map(float, re.findall(r"[-\d.]+(?=</td>)", cells)), strict=True))
+        (row,) = re.findall(rf"^{model} +([-\d. ]+)$", readme, re.M)
+        for name, value in zip(header.split(), row.split(), strict=True):
+            if name in ours:
+                assert ours[name] == pytest.approx(float(value), abs=6e-4), (model, name)
+                compared += 1
+    assert compared >= 15
+    args = ad.Args()
+    assert f"batch {args.batch_size}, learning rate {args.dpo_learning_rate:g}".replace("e-0", "e-") in readme
+    assert f"β0 = {args.beta}" in readme and "r = 30 on-policy and 20 off-policy" in readme
+    assert f"κ = {ad.DEMO['plausibility']}" in readme
+
+
 def test_the_notebook_has_every_equation():
     """Notices an equation of 1 to 19 that is missing, or there twice."""
     text = "\n".join(cell.source for cell in notebook_cells("markdown"))
