@@ -1071,10 +1071,10 @@ class Word(NamedTuple):
 def judge_words(prompt: str, review: str) -> list:
     """A Word for every word of a review, and one for its end, by the grammar that the data is drawn from.
 
-    An opinion earns its valence: "superb" 2; by half more with a booster, but 2 at most; "not" turns
-    it. Any word that cannot stand where it stands costs 2, as much as the worst opinion: one that the
-    grammar does not have there, a part of another thing than the prompt asks about, a part that was judged
-    before, an end in the middle. All other words have 0.
+    An opinion earns its valence: "superb" 2; by half more with a booster, but 2 at most; "not" turns its
+    sign. Any word that cannot stand where it stands has −2, as the worst opinion has: one that the grammar
+    does not have there, a part of another thing than the prompt asks about, a part that was judged before, an
+    end in the middle. All other words have 0.
     """
     (thing,) = [word for word in prompt.split() if word in THINGS]
     state, parts_left, judged = "start", THINGS[thing].split(), []
