@@ -938,8 +938,8 @@ GOOD = "the room was superb . overall it was superb ."
 def test_the_truth_depends_on_context():
     for review, rewards in {
         "the bed was superb . overall it was bad .": [0, 0, 0, 2, 0, 0, 0, 0, -1, 0, 0],
-        "the bed was very good . overall it was not superb .": [0, 0, 0, 0, 1.5, 0, 0, 0, 0, 0, -1, 0, 0],
-        "the bed was not very awful": [0, 0, 0, 0, 0, 1, -2],
+        "the bed was very good . overall it was not superb .": [0, 0, 0, 0, 1.5, 0, 0, 0, 0, 0, -2, 0, 0],
+        "the bed was not very awful": [0, 0, 0, 0, 0, 2, -2],
         "superb superb was good": [-2, -2, -2, 1, -2],
         "the cake was good , the cake was .": [0, -2, 0, 1, 0, 0, -2, 0, -2, -2],
     }.items():
