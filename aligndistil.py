@@ -350,10 +350,9 @@ def distillation_batch_loss(
     """Eq. 18 and 19: 1/|y| Σ_t β_t·KL(π_θ ‖ π*), summed over responses.
 
     Watched, as means over a response's states: α, β_t, the KL to the teacher, in nats a token, and the mass
-    that the teacher gives to implausible tokens. As sums
-    over them: the teacher's reward, β0·Σ_t (log π_dpo − log π_base)(y_t). On the policy's own responses two
-    more come free: −log π_θ(y_t) estimates its entropy, in nats a token, and Σ_t (log π_θ − log π_dpo)(y_t)
-    its KL from π_dpo, in nats a response.
+    that the teacher gives to implausible tokens. As sums over them: the teacher's reward, β0·Σ_t (log π_dpo −
+    log π_base)(y_t). On the policy's own responses two more come free: −log π_θ(y_t) estimates its entropy,
+    in nats a token, and Σ_t (log π_θ − log π_dpo)(y_t) its KL from π_dpo, in nats a response.
     """
     teacher_hidden = teacher.hidden(batch)  # before the policy's own pass: on two devices they overlap
 
@@ -1106,9 +1105,10 @@ def well_formed(prompt: str, review: str) -> bool:
 
 def true_reward(prompt: str, review: str) -> float:
     """The mean over a review's opinions, in [-2, 2], so length earns nothing; -2 if it is not well-formed."""
-    if not well_formed(prompt, review):
+    words = judge_words(prompt, review)
+    if not all(word.fits for word in words):
         return BROKEN
-    rewards = [word.reward for word in judge_words(prompt, review) if word.reward]
+    rewards = [word.reward for word in words if word.reward]
     return sum(rewards) / len(rewards)
 
 
@@ -1362,7 +1362,8 @@ span {{ white-space: pre-wrap; overflow-wrap: anywhere; border-radius: 3px }}
 </style></head><body><h1>{title}</h1>
 <p>Means over one response of each model to each held-out prompt: reward Σ_t r_ctr, KL from π_ref in nats a
 response, length in tokens, entropy in nats a token; _pm is half of a 95 % interval.</p>{models}
-<p>In what share of the held-out pairs a reward prefers the chosen response.</p>{accuracy}
+<p>In what share of the held-out pairs a reward prefers the chosen response; plus_minus is half of a 95 %
+interval.</p>{accuracy}
 <h2>Responses</h2><p>Green: the teacher's reward of the token is positive, red: negative; full colour at ±2
 nats of log-ratio. The tooltip of a token has its reward, α_t, and the teacher's three likeliest tokens.</p>
 {responses}
@@ -1608,6 +1609,8 @@ def fingerprint(pairs, model=None) -> int:
 
 # Models
 
+LOADING = {"dtype": torch.float32, "trust_remote_code": False, "use_safetensors": True}
+
 
 @functools.cache
 def fetch_model(name: str) -> str:
@@ -1646,13 +1649,12 @@ def load_tokenizer(name: str):
 
 def load_lm(run: Run, name: str, gradient_checkpointing: bool = False, device=None) -> LM:
     """A causal LM in float32, whatever it is stored in. Its logits are checked against the model's own."""
-    options = {"dtype": torch.float32, "trust_remote_code": False, "use_safetensors": True}
     folder = None if name == "demo" else fetch_model(name)
     with using(f"model {name} cannot be loaded"):
         if name == "demo":
             model = demo_model(run.args.seed)
         else:
-            model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder, **LOADING)
         check_logits(LM(model), name)
         return LM(model.to(device or run.device), run.args.chunk_size, run.device, gradient_checkpointing)
 
@@ -1690,8 +1692,7 @@ def load_judge(run: Run) -> tuple:
     name = run.args.judge
     folder, tokenizer = fetch_model(name), load_tokenizer(name)
     with using(f"judge {name} cannot be loaded"):
-        options = {"dtype": torch.float32, "trust_remote_code": False, "use_safetensors": True}
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, **options)
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, **LOADING)
     if model.config.num_labels != 1:
         raise BadInput(f"judge {name} has {model.config.num_labels} outputs: name a reward model; it has one")
     return model.eval().to(run.device), tokenizer
