@@ -44,7 +44,9 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import filelock
 import huggingface_hub
+import tokenizers
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -344,9 +346,7 @@ class Teacher:
         return TeacherLogits(z["dpo"], z["base"], target, alpha)
 
 
-def distillation_batch_loss(
-    lm: LM, batch: Batch, scale: float, teacher: Teacher, beta: float, on_policy: bool
-) -> dict:
+def distillation_batch_loss(lm: LM, batch: Batch, scale: float, teacher: Teacher) -> dict:
     """Eq. 18 and 19: 1/|y| Σ_t β_t·KL(π_θ ‖ π*), summed over responses.
 
     Watched, as means over a response's states: α, β_t, the KL to the teacher, in nats a token, and the mass
@@ -354,6 +354,7 @@ def distillation_batch_loss(
     log π_base)(y_t). On the policy's own responses two more come free: −log π_θ(y_t) estimates its entropy,
     in nats a token, and Σ_t (log π_θ − log π_dpo)(y_t) its KL from π_dpo, in nats a response.
     """
+    beta, on_policy = teacher.args.beta, not teacher.args.off_policy
     teacher_hidden = teacher.hidden(batch)  # before the policy's own pass: on two devices they overlap
 
     def chunk_loss(logits, rows):
@@ -402,33 +403,25 @@ def align(args: Args) -> dict:
         )  # fmt: skip
 
     # π_dpo and π_dpo⁻: DPO on the pairs, and on the swapped pairs; one pass of the reference serves both
-    dpo, reverse_dpo = args.dpo, args.reverse_dpo
     contrastive = args.reward == "contrastive"
-    if not dpo or (contrastive and not reverse_dpo):
+    if not args.dpo or (contrastive and not args.reverse_dpo):
         train_pairs = add_reference_logps(run, reference, train_pairs)
-    loss_of = partial(dpo_batch_loss, beta=args.beta)
-    if not dpo:
-        dpo = train(
-            run, "dpo", start=reference, pairs=train_pairs, examples_of=both_responses, loss_of=loss_of,
-            learning_rate=args.dpo_learning_rate, epochs=args.dpo_epochs,
-        )  # fmt: skip
-    if contrastive and not reverse_dpo:
-        reverse_dpo = train(
-            run, "reverse_dpo", start=reference, pairs=train_pairs, examples_of=swapped_responses,
-            loss_of=loss_of, learning_rate=args.dpo_learning_rate, epochs=args.dpo_epochs,
-        )  # fmt: skip
+    train_dpo = partial(
+        train, run, start=reference, pairs=train_pairs, loss_of=partial(dpo_batch_loss, beta=args.beta),
+        learning_rate=args.dpo_learning_rate, epochs=args.dpo_epochs,
+    )  # fmt: skip
+    folders = {"reference": reference}
+    folders["dpo"] = args.dpo or train_dpo("dpo", examples_of=both_responses)
+    if contrastive:
+        folders["reverse_dpo"] = args.reverse_dpo or train_dpo("reverse_dpo", examples_of=swapped_responses)
 
     # π_θ: distilled from the extrapolated teacher on its own responses, or on the chosen ones
-    folders = {"reference": reference, "dpo": dpo}
-    if contrastive:
-        folders["reverse_dpo"] = reverse_dpo
     teacher = Teacher(args, lambda name: load_frozen(run, folders[name], run.teacher_device))
-    on_policy = not args.off_policy
     folders["policy"] = train(
         run, "policy", start=folders[args.init_from], pairs=train_pairs,
-        examples_of=own_responses if on_policy else chosen_responses,
-        loss_of=partial(distillation_batch_loss, teacher=teacher, beta=args.beta, on_policy=on_policy),
-        learning_rate=args.distill_learning_rate, epochs=args.distill_epochs,
+        examples_of=chosen_responses if args.off_policy else own_responses,
+        loss_of=partial(distillation_batch_loss, teacher=teacher), learning_rate=args.distill_learning_rate,
+        epochs=args.distill_epochs,
     )  # fmt: skip
 
     del teacher  # its memory is the evaluation's
@@ -437,8 +430,8 @@ def align(args: Args) -> dict:
 
 # ------------------------------------------------------------------------------------------------------------
 # 5  The training loop that all stages share, what a step trains on, and sampling. A step is a pure function
-#    of the weights, the optimizer and its number: data order and sampling are seeded by (seed, stage, step,
-#    rank), so a checkpoint needs no random state.
+#    of the weights, the optimizer and its number: the data's order is seeded by (seed, epoch), sampling by
+#    (seed, stage, step, rank), so a checkpoint needs no random state.
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -501,14 +494,19 @@ def train(
                 with open(run.out / "metrics.jsonl", "a") as file:
                     file.write(json.dumps({"stage": stage, "step": step + 1, **line}) + "\n")
                 if (step + 1) % args.sample_steps == 0:
-                    most = min(64, args.max_length - args.max_prompt_length)
-                    (tokens,) = sample(run, lm, [rows[0]["prompt"]], most)
-                    prompt, response = run.tokenizer.batch_decode([rows[0]["prompt"], tokens])
-                    run.say(f"{stage}, step {step + 1}: {printable(prompt[-60:])} → {printable(response)}")
+                    show_sample(run, lm, rows[0]["prompt"], f"{stage}, step {step + 1}")
             if (step + 1) % args.save_steps == 0:
                 save_checkpoint(run, stage, lm.model, optimizer, step + 1)
     save_model(run, lm.model, folder)
     return str(folder)
+
+
+def show_sample(run: Run, lm: LM, prompt: list, title: str) -> None:
+    """Print a response of the model in training, so that one sees what is being trained."""
+    most = min(64, run.args.max_length - run.args.max_prompt_length)
+    (tokens,) = sample(run, lm, [prompt], most)
+    prompt_text, response = run.tokenizer.batch_decode([prompt, tokens])
+    run.say(f"{title}: {printable(prompt_text[-60:])} → {printable(response)}")
 
 
 def warmup_then_decay(step: int, steps: int, warmup_ratio: float) -> float:
@@ -529,13 +527,11 @@ def rows_of_step(run: Run, pairs, step: int, batch_size: int) -> list:
 
 def batch_indices(step: int, n: int, batch_size: int, seed: int) -> list:
     """Indices of one step's records: consecutive ones of a new seeded permutation of 0..n−1 each epoch."""
-    indices = []
-    for epoch in range(step * batch_size // n, ((step + 1) * batch_size - 1) // n + 1):
+    first, order = step * batch_size, []
+    for epoch in range(first // n, (first + batch_size - 1) // n + 1):
         generator = torch.Generator().manual_seed(seed_of(seed, "order", epoch))
-        order = torch.randperm(n, generator=generator).tolist()
-        start = step * batch_size - epoch * n
-        indices += order[max(0, start) : start + batch_size]
-    return indices
+        order += torch.randperm(n, generator=generator).tolist()
+    return order[first % n : first % n + batch_size]
 
 
 # What a step trains on. Each maps (run, lm, rows of the data) to examples, which are lists of Responses that
@@ -601,8 +597,8 @@ def sample(run: Run, lm: LM, prompts: list, most: int | None = None) -> list:
 
 # ------------------------------------------------------------------------------------------------------------
 # 6  A language model taken apart. Logits over the vocabulary are what costs memory (50,257 numbers a state
-#    for GPT-2 against 768 of hidden state), so they are never made for a whole batch: the body runs first, the
-#    hidden states of the response states alone are kept, and output head and loss go over them in chunks.
+#    for GPT-2 against 768 of hidden state), so they are never made for a whole batch: the body runs first,
+#    the hidden states of the response states alone are kept, and output head and loss go over them in chunks.
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -670,15 +666,12 @@ def micro_batches(run: Run, examples: list):
     own.
     """
     width = [max(map(len, example)) for example in examples]
-    groups = []
-    for i in sorted(range(len(examples)), key=lambda i: -width[i]):
-        last = groups[-1] if groups else []
-        tokens = (len(last) + 1) * len(examples[i]) * width[(last or [i])[0]]  # padded, with this one
-        if last and tokens <= run.args.tokens_per_micro_batch:
-            last.append(i)
-        else:
-            groups.append([i])
-    for group in groups:
+    order = sorted(range(len(examples)), key=lambda i: -width[i])
+    while order:
+        longest = order[0]
+        padded = len(examples[longest]) * width[longest]  # tokens of each example beside it
+        n = max(1, run.args.tokens_per_micro_batch // padded)
+        group, order = order[:n], order[n:]
         yield group, collate([examples[i] for i in group], run.tokenizer.pad_token_id, run.device)
 
 
@@ -731,10 +724,8 @@ class LM:
     def hidden(self, batch: Batch) -> Tensor:
         """The last hidden states of the response states: (N, hidden size)."""
         device = self.model.device
-        hidden = self.model.base_model(
-            input_ids=batch.input_ids.to(device), use_cache=False
-        ).last_hidden_state
-        return hidden.flatten(0, 1).index_select(0, batch.states.to(device))
+        output = self.model.base_model(input_ids=batch.input_ids.to(device), use_cache=False)
+        return output.last_hidden_state.flatten(0, 1).index_select(0, batch.states.to(device))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, hidden size) → (n, V), scaled and capped as the model itself does."""
@@ -820,7 +811,8 @@ def load_pairs(run: Run) -> tuple:
         random.Random(args.seed).shuffle(numbers)
         cut = max(1, round(0.1 * len(numbers)))
         run.say(f"{args.dataset} has no test split: {cut:,} of {len(numbers):,} records are held out")
-        held_out, numbers, test_records = sorted(numbers[:cut]), sorted(numbers[cut:]), train_records
+        held_out, numbers = sorted(numbers[:cut]), sorted(numbers[cut:])
+        test_records = train_records
     train_pairs = encode(run, train_records, numbers[: args.limit], use="train")
     test_pairs = encode(run, test_records, held_out[: args.eval_pairs], use="evaluate")
     return train_pairs, test_pairs
@@ -882,7 +874,7 @@ def encode(run: Run, records, numbers: list, use: str):
     options = {"keep_in_memory": True, "load_from_cache_file": False}
     columns = [name for name in ("prompt", "chosen", "rejected") if name in records.column_names]
     pairs = records.select_columns(columns).select(numbers).add_column("record", numbers)
-    pairs = pairs.map(partial(render, run), remove_columns=pairs.column_names, desc="reading", **options)
+    pairs = pairs.map(partial(render, run), remove_columns=columns, desc="reading", **options)
     if numbers:
         pairs = pairs.map(partial(tokenize, run), batched=True, desc="tokenizing", **options)
         pairs = pairs.select([i for i, usable in enumerate(pairs["usable"]) if usable])
@@ -905,13 +897,8 @@ def render(run: Run, record: dict) -> dict:
         raise BadInput(f"{place}: {one_line(error)}; mend or remove it") from error
     if isinstance(prompt, list):
         prompt = "\n\n".join(message["content"] for message in prompt)
-    return {
-        "record": record["record"],
-        "instruction": prompt,
-        "text": text,
-        "chosen": chosen,
-        "rejected": rejected,
-    }
+    usable = bool(chosen.strip() and rejected.strip())
+    return {"instruction": prompt, "text": text, "chosen": chosen, "rejected": rejected, "usable": usable}
 
 
 def tokenize(run: Run, columns: dict) -> dict:
@@ -920,19 +907,19 @@ def tokenize(run: Run, columns: dict) -> dict:
     found = {"prompt": [], "chosen": [], "rejected": [], "usable": [], "cut": []}
     texts = (columns["text"], columns["chosen"], columns["rejected"])
     ids = [run.tokenizer(column, add_special_tokens=False).input_ids for column in texts]
-    for prompt, chosen, rejected in zip(*ids):
-        most = args.max_prompt_length - len(run.first_ids)
-        long_prompt, prompt = len(prompt) > most, run.first_ids + prompt[-most:]
-        if not prompt:  # an empty prompt still needs a state to predict from
-            prompt = stop
-        room = args.max_length - len(prompt)
-        found["prompt"].append(prompt)
-        found["chosen"].append((chosen + stop)[:room])
-        found["rejected"].append((rejected + stop)[:room])
-        found["cut"].append(long_prompt or max(len(chosen), len(rejected)) >= room)
-        found["usable"].append((chosen + stop)[:room] != (rejected + stop)[:room])
-    for i, (chosen, rejected) in enumerate(zip(columns["chosen"], columns["rejected"])):
-        found["usable"][i] &= bool(chosen.strip() and rejected.strip())
+    most = args.max_prompt_length - len(run.first_ids)
+    for prompt, chosen, rejected, usable in zip(*ids, columns["usable"]):
+        start = run.first_ids + prompt[max(0, len(prompt) - most) :]
+        if not start:  # an empty prompt still needs a state to predict from
+            start = stop
+        room = args.max_length - len(start)
+        chosen, rejected = chosen + stop, rejected + stop
+        found["cut"].append(len(prompt) > most or max(len(chosen), len(rejected)) > room)
+        chosen, rejected = chosen[:room], rejected[:room]
+        found["prompt"].append(start)
+        found["chosen"].append(chosen)
+        found["rejected"].append(rejected)
+        found["usable"].append(usable and chosen != rejected)
     return found
 
 
@@ -1009,7 +996,8 @@ def stop_tokens(tokenizer, generation_config) -> list:
         talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "zebra"}]
         after = tokenizer.apply_chat_template(talk, tokenize=False).rpartition("zebra")[2]
         after_ids = tokenizer(after, add_special_tokens=False).input_ids
-        ids = [i for i in after_ids if i in tokenizer.all_special_ids][:1]
+        added = tokenizer.added_tokens_decoder
+        ids = [i for i in after_ids if i in added and added[i].special][:1]
     named = generation_config.eos_token_id
     ids += [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
     return [i for i in dict.fromkeys(ids) if i is not None]
@@ -1093,8 +1081,10 @@ def judge_words(prompt: str, review: str) -> list:
         elif kind == "opinion" and fits:
             reward = sign * max(-2.0, min(2.0, strength * VALENCE[word]))
         judged.append(Word(reward, fits))
-        rows = [GRAMMAR[state], *GRAMMAR.values()]  # after a word out of place the reading goes on from it
-        state = next((row[kind] for row in rows if kind in row), state)
+        for row in [GRAMMAR[state], *GRAMMAR.values()]:  # a word out of place is read where it would fit
+            if kind in row:
+                state = row[kind]
+                break
     return judged
 
 
@@ -1168,8 +1158,6 @@ def demo_records(n: int, seed: int) -> list:
 
 def demo_tokenizer():
     """One token a word of the demo world."""
-    import tokenizers
-
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *DEMO_WORDS])}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
@@ -1238,7 +1226,7 @@ def evaluate(run: Run, folders: dict, test_pairs) -> dict:
 
     path = run.out / "results.json"
     if path.exists():
-        run.say(f"evaluation: finished before, in {run.out}")
+        run.say(f"evaluation: finished before; to repeat it, delete {path}")
         return json.loads(path.read_text(encoding="utf-8"))
     lms = {name: load_frozen(run, folder) for name, folder in folders.items()}
     rows = test_pairs.select(range(min(len(test_pairs), run.args.eval_prompts))).to_list()
@@ -1305,10 +1293,9 @@ def sample_and_score(run: Run, lms: dict, name: str, rows: list):
             entropy = torch.distributions.Categorical(logits=z[name]).entropy() * batch.weights[chunk]
             values = torch.stack([reward, reverse_kl(z[name], z["reference"]), entropy], -1)
             sums.index_add_(0, torch.tensor(group, device=run.device)[batch.response[chunk]], values)
+    instructions = [row["instruction"] for row in rows]
     outputs = run.tokenizer.batch_decode(sampled, skip_special_tokens=True)
-    table = pd.DataFrame({"instruction": [row["instruction"] for row in rows]})
-    table["output"] = outputs
-    table["generator"] = name
+    table = pd.DataFrame({"instruction": instructions, "output": outputs, "generator": name})
     table[[teacher.reward_name, "kl_ref", "entropy"]] = sums.tolist()
     table["length"] = [len(tokens) for tokens in sampled]
     for column, values in truth(run, rows, sampled).items():
@@ -1326,9 +1313,11 @@ def judge_scores(run: Run, samples) -> list:
     for instruction, output in run.bar(list(texts), "judging", leave=False):
         if tokenizer.chat_template:
             talk = [{"role": "user", "content": instruction}, {"role": "assistant", "content": output}]
-            inputs = tokenizer.apply_chat_template(talk, return_tensors="pt", return_dict=True)
+            inputs = tokenizer.apply_chat_template(
+                talk, truncation=True, return_tensors="pt", return_dict=True
+            )
         else:
-            inputs = tokenizer(instruction, output, return_tensors="pt")
+            inputs = tokenizer(instruction, output, truncation=True, return_tensors="pt")
         scores.append(model(**inputs.to(run.device)).logits.item())
     return scores
 
@@ -1360,8 +1349,8 @@ table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; display:
 td, th {{ padding: .15rem .7rem; text-align: right; border: 0 }} svg {{ max-width: 100%; height: auto }}
 span {{ white-space: pre-wrap; overflow-wrap: anywhere; border-radius: 3px }}
 </style></head><body><h1>{title}</h1>
-<p>Means over one response of each model to each held-out prompt: reward Σ_t r_ctr, KL from π_ref in nats a
-response, length in tokens, entropy in nats a token; _pm is half of a 95 % interval.</p>{models}
+<p>Means over one response of each model to each held-out prompt: reward (the sum over tokens), KL from π_ref
+in nats a response, length in tokens, entropy in nats a token; _pm is half of a 95 % interval.</p>{models}
 <p>In what share of the held-out pairs a reward prefers the chosen response; plus_minus is half of a 95 %
 interval.</p>{accuracy}
 <h2>Responses</h2><p>Green: the teacher's reward of the token is positive, red: negative; full colour at ±2
@@ -1448,7 +1437,7 @@ def set_up(args: Args) -> tuple:
     if run.world > 1:
         dist.init_process_group("nccl" if run.device.type == "cuda" else "gloo")
 
-    lm, tokenizer = load_lm(run, args.model), load_tokenizer(args.model)
+    lm, tokenizer = load_lm(run, args.model, args.gradient_checkpointing), load_tokenizer(args.model)
     with using(f"model {args.model} is not supported: it does not sample"):
         check_sampling(lm, args.model)
     if tokenizer.eos_token_id is None:
@@ -1461,7 +1450,7 @@ def set_up(args: Args) -> tuple:
     if args.judge:
         load_judge(run)
     for folder in filter(None, (args.dpo, args.reverse_dpo)):
-        same_size = load_lm(run, folder).head.weight.shape == lm.head.weight.shape
+        same_size = len(load_lm(run, folder).head.weight) == len(lm.head.weight)
         if not same_size or load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
             raise BadInput(f"teacher {folder}: its vocabulary or tokenizer is not that of the model")
     fill_in(run, lm.model.config.get_text_config())
@@ -1514,8 +1503,6 @@ def open_output(run: Run, train_pairs, test_pairs) -> None:
 
     The folder stays locked as long as the process lives.
     """
-    import filelock
-
     settings, config = asdict(run.args), run.out / "config.json"
     settings["data"] = seed_of(fingerprint(train_pairs), fingerprint(test_pairs))
     with using(f"output folder {run.out} cannot be used: choose another --output_dir"):
@@ -1626,7 +1613,7 @@ def fetch_model(name: str) -> str:
 
 
 def fetch(name: str, **options) -> str:
-    """The local folder of a hub repository. Asks again where the hub is busy or broken (429, 500, 503)."""
+    """The local folder of a hub repository. Asks again where the hub is busy or broken (429, 503, ...)."""
     download = partial(huggingface_hub.snapshot_download, name, tqdm_class=tqdm, **options)
     for pause in (1, 2, 4, 8):
         try:
@@ -1642,19 +1629,17 @@ def fetch(name: str, **options) -> str:
 def load_tokenizer(name: str):
     if name == "demo":
         return demo_tokenizer()
-    folder = fetch_model(name)
     with using(f"model {name}: its tokenizer cannot be loaded"):
-        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return transformers.AutoTokenizer.from_pretrained(fetch_model(name), trust_remote_code=False)
 
 
 def load_lm(run: Run, name: str, gradient_checkpointing: bool = False, device=None) -> LM:
     """A causal LM in float32, whatever it is stored in. Its logits are checked against the model's own."""
-    folder = None if name == "demo" else fetch_model(name)
     with using(f"model {name} cannot be loaded"):
         if name == "demo":
             model = demo_model(run.args.seed)
         else:
-            model = transformers.AutoModelForCausalLM.from_pretrained(folder, **LOADING)
+            model = transformers.AutoModelForCausalLM.from_pretrained(fetch_model(name), **LOADING)
         check_logits(LM(model), name)
         return LM(model.to(device or run.device), run.args.chunk_size, run.device, gradient_checkpointing)
 
@@ -1742,12 +1727,8 @@ def save_model(run: Run, model, folder: Path) -> None:
 
 def save_checkpoint(run: Run, stage: str, model, optimizer, step: int) -> None:
     if run.rank == 0:
-        state = {
-            "stage": stage,
-            "step": step,
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-        }
+        weights, moments = model.state_dict(), optimizer.state_dict()
+        state = {"stage": stage, "step": step, "model": weights, "optimizer": moments}
         with written_aside(run.out / "checkpoint.pt") as aside:
             torch.save(state, aside)
 

@@ -346,7 +346,7 @@ def test_distillation_in_chunks_is_the_dense_one(head):
     expected = gradients(policy.model)
 
     teacher = teacher_of(dpo, rev, alpha_r=6.0)
-    sums = ad.distillation_batch_loss(policy, batch, 1 / 4, teacher, beta=0.1, on_policy=True)
+    sums = ad.distillation_batch_loss(policy, batch, 1 / 4, teacher)
     assert sums["loss"].item() / 4 == pytest.approx(dense.item(), rel=1e-6)
     assert_same_gradients(gradients(policy.model), expected)
     assert all(p.grad is None for lm in (dpo, rev) for p in lm.model.parameters()), "teachers are not trained"
@@ -397,8 +397,8 @@ def test_every_teacher_by_its_settings():
         ("contrastive", 2, 0.05, 0.0), ("vanilla", 2, 0.05, 0.0), ("contrastive", 0.0, 1, 0.0),
         ("contrastive", 2, 0.05, 0.2), ("vanilla", 2, 0.05, 0.2),
     ]:  # fmt: skip
-        teacher = teacher_of(dpo, base, reward=reward, alpha=float(alpha), plausibility=kappa)
-        sums = ad.distillation_batch_loss(policy, batch, 1.0, teacher, beta=0.1, on_policy=False)
+        settings = {"reward": reward, "alpha": float(alpha), "plausibility": kappa, "off_policy": True}
+        sums = ad.distillation_batch_loss(policy, batch, 1.0, teacher_of(dpo, base, **settings))
         pd, judged = d.softmax(-1), d.log_softmax(-1) - b.log_softmax(-1)
         judged[pd < kappa * pd.amax(-1, keepdim=True)] = 0
         target = (d if reward == "contrastive" else b) + alpha * judged
@@ -415,7 +415,7 @@ def losses_and_examples():
     for response in responses:
         response.ref_logps = -3.0 * len(response.tokens)
     teacher = teacher_of(tiny_lm(1), tiny_lm(2), alpha_r=6.0)
-    distil = partial(ad.distillation_batch_loss, teacher=teacher, beta=0.1, on_policy=True)
+    distil = partial(ad.distillation_batch_loss, teacher=teacher)
     return {
         "sft": (ad.sft_batch_loss, singles(responses)),
         "dpo": (partial(ad.dpo_batch_loss, beta=0.1), list(zip(responses[:3], responses[3:]))),
@@ -668,7 +668,7 @@ ENGLISH = "The sky is blue because the air scatters light. What colour is the se
 LATIN = "Gallia est omnis divisa in partes tres, quarum unam incolunt Belgae, aliam Aquitani, tertiam Celtae."
 
 
-def save_tiny_model(folder: Path, text=ENGLISH, vocabulary=320, template=None, **options) -> Path:
+def save_tiny_model(folder: Path, text=ENGLISH, vocabulary=320, template=None, width=32, **options) -> Path:
     """A random two-layer GPT-2 with a byte-level BPE tokenizer trained on `text`."""
     special = ["<eos>", "<turn>", "<user>", "<assistant>"]
     bpe = tokenizers.ByteLevelBPETokenizer()
@@ -680,7 +680,7 @@ def save_tiny_model(folder: Path, text=ENGLISH, vocabulary=320, template=None, *
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    sizes = {"vocab_size": vocabulary, "n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 128}
+    sizes = {"vocab_size": vocabulary, "n_layer": 2, "n_embd": width, "n_head": 2, "n_positions": 128}
     config = transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
     transformers.GPT2LMHeadModel(config).save_pretrained(folder)
     return folder
@@ -876,6 +876,12 @@ def test_stop_and_first_tokens(load, chat, tmp_path):
     transformers.GenerationConfig(eos_token_id=[0, 7]).save_pretrained(folder)
     run, *_ = load(numbered(2), model=folder)
     assert run.stop_ids == [*run.tokenizer.convert_tokens_to_ids(["<turn>", "<eos>"]), 7]
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings.pop("extra_special_tokens")  # special, but without a name of its own
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    run, *_ = load(numbered(2), model=folder)
+    assert "<turn>" not in run.tokenizer.all_special_tokens
+    assert run.stop_ids == [*run.tokenizer.convert_tokens_to_ids(["<turn>", "<eos>"]), 7]
 
     folder = save_tiny_model(tmp_path / "bos", bos_token="<user>")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -884,6 +890,8 @@ def test_stop_and_first_tokens(load, chat, tmp_path):
     tokenizer.save_pretrained(folder)
     run, pairs, _ = load(numbered(2), model=folder)
     assert texts(run, pairs[0]) == ("<user>What is 0?\n", "It is 0.<eos>", "Not 0.<eos>")
+    run, pairs, _ = load(numbered(2), model=folder, max_length=4, max_prompt_length=1)
+    assert pairs[0]["prompt"] == run.first_ids and len(pairs[0]["chosen"]) == 3
 
 
 def test_template_that_refuses(load, tmp_path):
@@ -1231,6 +1239,7 @@ def prepared(tmp_path_factory, base):
     (folder / "latin.jsonl").write_bytes("\n".join([*lines[:2], latin, *lines]).encode("latin-1"))
     (folder / "half.jsonl").write_text("\n".join([half, *lines]))
     save_tiny_model(folder / "smaller", vocabulary=310)
+    save_tiny_model(folder / "wider", width=48)
     save_tiny_model(folder / "latin", text=LATIN)
     judge = transformers.AutoModelForSequenceClassification.from_pretrained(base)
     judge.save_pretrained(folder / "two_outputs")
@@ -1402,6 +1411,7 @@ def test_judge_and_vanilla(prepared, base, tmp_path, chat):
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     if chat:
         tokenizer.chat_template = "{% for m in messages %}{{ m['role'][0] }} {{ m['content'] }};{% endfor %}"
+        tokenizer.model_max_length = 12  # the judge sees no more
     tokenizer.save_pretrained(tmp_path / "judge")
     torch.manual_seed(5)
     config = transformers.GPT2Config(
@@ -1422,12 +1432,27 @@ def test_judge_and_vanilla(prepared, base, tmp_path, chat):
         text = sample["instruction"] + sample["output"]
         if chat:
             text = f"u {sample['instruction']};a {sample['output']};"
-        score = judge(**tokenizer(text, return_tensors="pt")).logits.item()
+        score = judge(**tokenizer(text, truncation=True, return_tensors="pt")).logits.item()
         assert sample["judge"] == pytest.approx(score, abs=1e-5)
     wins = [x["judge"] > y["judge"] for x, y in zip(samples[8:], samples[:4])]
     ties = [x["judge"] == y["judge"] for x, y in zip(samples[8:], samples[:4])]
     expected = statistics.mean(wins) + statistics.mean(ties) / 2
     assert results["models"]["policy"]["win_rate"] == pytest.approx(expected)
+
+
+def test_teachers_of_another_width(prepared, base, tmp_path):
+    """Notices a teacher that is refused for its hidden size: only logits have to agree."""
+    teachers = {name: str(prepared / "wider") for name in ("dpo", "reverse_dpo")}
+    align(base, prepared, tmp_path, **RESUMED | teachers | {"max_steps": 1})
+    assert (tmp_path / "policy").exists()
+
+
+def test_a_model_without_checkpointing_is_refused_first(prepared, base, tmp_path, monkeypatch):
+    """Notices a refusal that comes only when the first stage begins, with the folder begun."""
+    monkeypatch.setattr(transformers.GPT2LMHeadModel, "supports_gradient_checkpointing", False)
+    with pytest.raises(ad.BadInput, match="gradient checkpointing"):
+        align(base, prepared, tmp_path / "out", **RESUMED | {"gradient_checkpointing": True})
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_seed_decides(prepared, base, tmp_path):
@@ -1732,9 +1757,7 @@ def benchmark(argv=None):
     pairs = list(zip(responses[::2], responses[1::2]))
     alone, paired = ad.collate(singles(responses), 0, device), ad.collate(pairs, 0, device)
     mask = response_mask(alone)
-    distil = partial(
-        ad.distillation_batch_loss, teacher=teacher_of(dpo, rev, alpha_r=20.0), beta=0.1, on_policy=True
-    )
+    distil = partial(ad.distillation_batch_loss, teacher=teacher_of(dpo, rev, alpha_r=20.0))
     work = {
         "distillation": {
             "(a) authors' dense": partial(authors_distillation, policy, dpo, rev, alone, mask),
