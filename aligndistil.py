@@ -14,7 +14,7 @@ The policy is distilled from that teacher on the policy's own samples.
 Where it departs from the authors' code, it follows the paper: the loss covers every response token, the first
 one too; TVD has its factor 1/2 (their beta2 is r/2); models whose vocabularies differ are refused and not
 cut. Left out: sharded weights (the policy and its optimizer must fit one device) and generation by a separate
-server. Added: --plausibility, which keeps the teacher from tokens that no model would write; 0 is the paper.
+server.
 
 Sections: 1 settings, 2 the mathematics, 3 the losses and the teacher, 4 the algorithm (align), 5 the training
 loop, 6 a language model taken apart, 7 data, 8 the demo world, 9 evaluation and report, 10 the run. The
@@ -80,7 +80,6 @@ class Args:
     reward: Literal["contrastive", "vanilla"] = "contrastive"  # π_dpo against π_dpo⁻ (Eq. 15) or π_ref (11)
     alpha: float | None = None  # a constant α (adaptive, Eq. 16); 0 is plain distillation from DPO
     alpha_r: float | None = None  # r of the adaptive α_t = r·TVD_t + ε (30 on-policy, 20 off-policy)
-    plausibility: float = 0.0  # κ: judge only tokens v with π_dpo(v) ≥ κ·max π_dpo (0: all, the paper)
     off_policy: bool = False  # distil on the chosen responses (Eq. 19), not on the policy's own (Eq. 18)
     init_from: Literal["reference", "dpo"] = "reference"  # where the policy starts
     # optimisation
@@ -112,7 +111,7 @@ class Args:
 
 
 DEMO = dict(
-    dataset="demo", plausibility=0.1, batch_size=64, max_length=64, max_prompt_length=12, eval_prompts=512,
+    dataset="demo", alpha_r=5.0, batch_size=64, max_length=64, max_prompt_length=12, eval_prompts=512,
     sft_learning_rate=5e-3, dpo_learning_rate=1e-5, distill_learning_rate=1e-3, sft_epochs=4.5,
     dpo_epochs=2.5, distill_epochs=1.5, sampling_batch_size=256,
 )  # fmt: skip
@@ -200,24 +199,11 @@ def teacher_logits(anchor_logits: Tensor, difference: Tensor, alpha: Tensor) -> 
     return torch.addcmul(anchor_logits, alpha.unsqueeze(-1), difference)
 
 
-def plausible_difference(dpo_logits: Tensor, base_logits: Tensor, kappa: float) -> Tensor:
-    """1[v ∈ P]·(log π_dpo − log π_base) with P = {v: π_dpo(v) ≥ κ·max_u π_dpo(u)}: (..., V), κ > 0.
-
-    Not in the paper; the set is contrastive decoding's. Where neither model ever goes, their difference is an
-    accident of training, and α times it can lift an impossible token to the top. So tokens outside P are not
-    judged: Theorem 1 with r̃ = 1[P]·r_ctr instead of r_ctr. It has to be log-probabilities, since the free
-    constant of logits would move one group of tokens against the other. With κ = 0 all tokens are judged, and
-    the teacher is Eq. 17.
-    """
-    difference = dpo_logits.log_softmax(-1) - base_logits.log_softmax(-1)
-    plausible = dpo_logits >= dpo_logits.amax(-1, keepdim=True) + math.log(kappa)
-    return difference.where(plausible, 0.0)
-
-
 def implausible_mass(target_logits: Tensor, dpo_logits: Tensor) -> Tensor:
     """What the teacher gives to tokens of which π_dpo gives less than 0.001: (..., V), (..., V) → (...).
 
-    It tells before any distillation whether α is too large: the teacher's language breaks there.
+    It tells before any distillation whether α is too large. Where neither model ever goes, their difference
+    is an accident of training, and α times it can lift an impossible token to the top: the language breaks.
     """
     rare = dpo_logits.softmax(-1) < 1e-3
     return (target_logits.softmax(-1) * rare).sum(-1)
@@ -338,11 +324,7 @@ class Teacher:
         else:
             alpha = torch.full_like(z["dpo"][:, 0], self.args.alpha)
         anchor = z["dpo"] if self.contrastive else z["base"]
-        if self.args.plausibility > 0:
-            difference = plausible_difference(z["dpo"], z["base"], self.args.plausibility)
-        else:
-            difference = z["dpo"] - z["base"]
-        target = teacher_logits(anchor, difference, alpha)
+        target = teacher_logits(anchor, z["dpo"] - z["base"], alpha)
         return TeacherLogits(z["dpo"], z["base"], target, alpha)
 
 
@@ -1466,8 +1448,8 @@ def check_settings(args: Args) -> None:
     """Raise BadInput for a number out of range. What needs the model or the data is checked in `set_up`."""
     for name, value in asdict(args).items():
         if type(value) in (int, float):
-            may_be_0 = name in ("alpha", "alpha_r", "plausibility", "warmup_ratio", "seed")
-            highest = 1 if name in ("plausibility", "warmup_ratio") else sys.float_info.max
+            may_be_0 = name in ("alpha", "alpha_r", "warmup_ratio", "seed")
+            highest = 1 if name == "warmup_ratio" else sys.float_info.max
             if not 0 <= value <= highest or (value == 0 and not may_be_0):
                 least = "at least 0" if may_be_0 else "more than 0"
                 raise BadInput(f"--{name} is {value}: it must be {least} and at most {highest:g}")

@@ -204,18 +204,6 @@ def test_the_teachers_where_they_must_agree():
     teacher = ad.teacher_logits(dpo, dpo - rev, adaptive)  # Eq. 17
     for b, t in itertools.product(range(2), range(3)):
         assert same(teacher[b, t], dpo[b, t] + adaptive[b, t].item() * (dpo - rev)[b, t])
-    judges_all = ad.plausible_difference(dpo, rev + 7, kappa=1e-30)  # logits are known up to a constant
-    assert same(ad.teacher_logits(dpo, judges_all, adaptive), teacher)
-
-
-def test_plausible_difference_by_loops():
-    dpo, rev, kappa = random_logits(3, 7), random_logits(3, 7).flip(-1), 0.1
-    found = ad.plausible_difference(dpo + 3, rev - 2, kappa)
-    for i in range(3):
-        p, q = probabilities(dpo[i]), probabilities(rev[i])
-        reward = [math.log(a / b) if a >= kappa * max(p) else 0 for a, b in zip(p, q)]
-        assert found[i].tolist() == pytest.approx(reward, abs=1e-12)
-    assert 0 < (found == 0).sum() < 21, "both kinds of tokens are there"
 
 
 def test_implausible_mass_by_loops():
@@ -389,19 +377,14 @@ def test_sft_and_dpo_in_chunks_are_the_dense_ones(head):
 
 
 def test_every_teacher_by_its_settings():
-    """Notices a wrong model as anchor or base, a dropped weight or κ, and an infinite weight where α is 0."""
+    """Notices a wrong model as anchor or base, a dropped weight, and an infinite weight where α is 0."""
     policy, dpo, base = (tiny_lm(seed) for seed in range(3))
     batch = ad.collate(singles(), pad_id=0)
     p, d, b = (dense_logits(lm, batch).detach() for lm in (policy, dpo, base))
-    for reward, alpha, weight, kappa in [
-        ("contrastive", 2, 0.05, 0.0), ("vanilla", 2, 0.05, 0.0), ("contrastive", 0.0, 1, 0.0),
-        ("contrastive", 2, 0.05, 0.2), ("vanilla", 2, 0.05, 0.2),
-    ]:  # fmt: skip
-        settings = {"reward": reward, "alpha": float(alpha), "plausibility": kappa, "off_policy": True}
+    for reward, alpha, weight in [("contrastive", 2, 0.05), ("vanilla", 2, 0.05), ("contrastive", 0, 1)]:
+        settings = {"reward": reward, "alpha": float(alpha), "off_policy": True}
         sums = ad.distillation_batch_loss(policy, batch, 1.0, teacher_of(dpo, base, **settings))
-        pd, judged = d.softmax(-1), d.log_softmax(-1) - b.log_softmax(-1)
-        judged[pd < kappa * pd.amax(-1, keepdim=True)] = 0
-        target = (d if reward == "contrastive" else b) + alpha * judged
+        target = (d if reward == "contrastive" else b) + alpha * (d - b)
         dense = dense_distillation_loss(p, target, weight, response_mask(batch))
         assert sums["loss"].item() / 4 == pytest.approx(dense.item(), rel=1e-5)
         assert sums["beta_t"].item() / 4 == pytest.approx(weight)
@@ -1194,7 +1177,6 @@ BAD = {  # what is wrong: (flags, where {} is a folder of prepared files; what t
     "alpha": ("--alpha foo", r"--alpha: invalid .*'foo'"),
     "judge without one output": ("--judge {}/two_outputs", r"judge .*two_outputs has 2 outputs: name a reward"),
     "no judge": ("--judge nowhere/judge", r"model nowhere/judge cannot be had .*nowhere|hub is out of reach"),
-    "kappa above 1": ("--plausibility 1.5", r"--plausibility is 1.5: .* at most 1"),
     "alpha 0 of the reference": ("--alpha 0 --reward vanilla", r"--alpha 0 --reward vanilla"),
     "unknown flag": ("--lerning_rate 1", r"--lerning_rate"),
     "device": ("--device cuda:7", r"device cuda:7 is not there"),
@@ -1401,7 +1383,7 @@ def test_what_a_run_leaves(prepared, demo, of_demo):
     assert page.count("<svg") == 4 and not re.search(r"src=|@import|<script", page)
     shown = samples if len(samples) == 16 else [sample for i, sample in enumerate(samples) if i % 8 < 6]
     assert page.count("<span") == sum(sample["length"] for sample in shown)
-    assert json.loads((folder / "config.json").read_text())["plausibility"] == (0.1 if of_demo else 0.0)
+    assert json.loads((folder / "config.json").read_text())["alpha_r"] == (5.0 if of_demo else 30.0)
     assert not list(folder.glob("*.partial")) and not (folder / "checkpoint.pt").exists()
 
 
@@ -1419,7 +1401,7 @@ def test_judge_and_vanilla(prepared, base, tmp_path, chat):
     )
     judge = transformers.GPT2ForSequenceClassification(config).eval()
     judge.save_pretrained(tmp_path / "judge")
-    settings = {"judge": str(tmp_path / "judge"), "reward": "vanilla", "plausibility": 0.1, "max_steps": 1}
+    settings = {"judge": str(tmp_path / "judge"), "reward": "vanilla", "max_steps": 1}
     align(base, prepared, tmp_path / "out", **RESUMED | settings)
     results, samples = (
         json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in ("results", "samples")
@@ -1637,7 +1619,7 @@ def test_readme_notebook_and_code_agree():
     (header,) = re.findall(r"^ +(reward +kl_ref.*)$", readme, re.M)
     compared = 0
     for model in ("reference", "dpo", "policy"):
-        (cells,) = re.findall(rf"<th>{model}(?:, κ = 0.1)?</th>((?:\s*<td>[-\d.]+</td>)+)", tables[0])
+        (cells,) = re.findall(rf"<th>{model}(?:, r = 5)?</th>((?:\s*<td>[-\d.]+</td>)+)", tables[0])
         ours = dict(zip(columns, map(float, re.findall(r"[-\d.]+(?=</td>)", cells)), strict=True))
         (row,) = re.findall(rf"^{model} +([-\d. ]+)$", readme, re.M)
         for name, value in zip(header.split(), row.split(), strict=True):
@@ -1648,7 +1630,7 @@ def test_readme_notebook_and_code_agree():
     args = ad.Args()
     assert f"batch {args.batch_size}, learning rate {args.dpo_learning_rate:g}".replace("e-0", "e-") in readme
     assert f"β0 = {args.beta}" in readme and "r = 30 on-policy and 20 off-policy" in readme
-    assert f"κ = {ad.DEMO['plausibility']}" in readme
+    assert f"r = {ad.DEMO['alpha_r']:g}" in readme
 
 
 def test_the_notebook_has_every_equation():
