@@ -206,7 +206,7 @@ def implausible_mass(target_logits: Tensor, dpo_logits: Tensor) -> Tensor:
     is an accident of training, and α times it can lift an impossible token to the top: the language breaks.
     """
     rare = dpo_logits.softmax(-1) < 1e-3
-    return (target_logits.softmax(-1) * rare).sum(-1)
+    return target_logits.softmax(-1).mul_(rare).sum(-1)
 
 
 def reverse_kl(logits: Tensor, target_logits: Tensor) -> Tensor:
@@ -1657,9 +1657,9 @@ def check_sampling(lm: LM, name: str) -> None:
 def load_judge(run: Run) -> tuple:
     """(model, tokenizer) of the reward model --judge. Raises BadInput unless it has one output."""
     name = run.args.judge
-    folder, tokenizer = fetch_model(name), load_tokenizer(name)
+    tokenizer, kind = load_tokenizer(name), transformers.AutoModelForSequenceClassification
     with using(f"judge {name} cannot be loaded"):
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, **LOADING)
+        model = kind.from_pretrained(fetch_model(name), **LOADING)
     if model.config.num_labels != 1:
         raise BadInput(f"judge {name} has {model.config.num_labels} outputs: name a reward model; it has one")
     return model.eval().to(run.device), tokenizer
