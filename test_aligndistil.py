@@ -546,17 +546,19 @@ def opt():
 
 
 @pytest.mark.parametrize("make", [tiny_gpt2, opt])
-def test_dropout_is_off_and_gradient_checkpointing_changes_nothing(make):
-    """Notices dropout, and layers left in training mode, where sampling has no cache."""
-    plain, lm = ad.LM(make(), 5), ad.LM(make(), 5, gradient_checkpointing=True)
+def test_dropout_is_off_and_gradient_checkpointing_changes_nothing(make, tmp_path):
+    """Notices dropout, and layers that keep their activations."""
+    make().save_pretrained(tmp_path)
+    plain, lm = (ad.load_lm(tiny_run(gradient_checkpointing=on), str(tmp_path)) for on in (False, True))
+    passes, norms = [], [module for module in lm.model.modules() if isinstance(module, torch.nn.LayerNorm)]
+    for norm in norms:
+        norm.register_forward_hook(lambda *_: passes.append("one"))
     batch = ad.collate(singles(), pad_id=0)
-    with lm.checkpointing():
-        assert lm.checkpointed and all(layer.training for layer in lm.checkpointed)
-        loss = ad.sft_batch_loss(lm, batch, 1.0)["loss"]
+    lm.model.train()
+    loss = ad.sft_batch_loss(lm, batch, 1.0)["loss"]
+    assert len(passes) > len(norms), "a layer's own are computed again"
     assert torch.equal(loss, ad.sft_batch_loss(plain, batch, 1.0)["loss"])
     assert_same_gradients(gradients(lm.model), gradients(plain.model))
-    assert not any(module.training for module in lm.model.modules())
-    assert lm.model.config.to_dict() == plain.model.config.to_dict(), "the config is saved as it was"
 
 
 def test_a_teacher_on_another_device_gives_the_same_numbers():
@@ -596,7 +598,8 @@ def tiny_of(family: str):
     sizes = {name: size for name, size in SIZES_BY_NAME.items() if name in known or name in aliases}
     torch.manual_seed(0)
     name = {"Gemma3Text": "Gemma3ForCausalLM", "GPT2": "GPT2LMHeadModel"}.get(family, f"{family}ForCausalLM")
-    model = getattr(transformers, name)(config_class(**{**sizes, **FAMILIES[family]}))
+    config = ad.without_dropout(config_class(**{**sizes, **FAMILIES[family]}))
+    model = getattr(transformers, name)(config)
     for parameter in model.parameters():
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=0.2)
@@ -607,8 +610,7 @@ def tiny_of(family: str):
 def test_every_family(family):
     """Notices a model whose chunks, left-padded samples or checkpointed layers depart from the model itself."""
     lm, batch = ad.LM(tiny_of(family), chunk_size=5), ad.collate(singles(), pad_id=0)
-    ad.check_logits(lm, family)
-    ad.check_sampling(lm, family)
+    ad.check_model(lm, family)
 
     mask, targets = response_mask(batch), batch.input_ids.roll(-1, 1)
     nll = -ad.token_logps(dense_logits(lm, batch), targets)
@@ -619,9 +621,10 @@ def test_every_family(family):
     assert loss.item() == pytest.approx(((nll * mask).sum(-1) / mask.sum(-1)).sum().item(), rel=1e-5)
     assert_same_gradients(gradients(lm.model), expected, 1e-4)
 
-    checkpointed = ad.LM(tiny_of(family), chunk_size=5, gradient_checkpointing=True)
-    with checkpointed.checkpointing():
-        ad.sft_batch_loss(checkpointed, batch, 1.0)
+    checkpointed = ad.LM(tiny_of(family), chunk_size=5)
+    checkpointed.model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpointed.model.train()
+    ad.sft_batch_loss(checkpointed, batch, 1.0)
     assert_same_gradients(gradients(checkpointed.model), expected, 1e-4)
 
     run, prompts = tiny_run(), [[5, 6, 7, 8, 9, 10], [11], [12, 13, 14]]
@@ -1051,7 +1054,7 @@ def test_reference_logps_of_another_reference(load, tmp_path):
     """Notices log-probabilities of one reference read for another, or computed twice for the same."""
     run, *_ = load(numbered(5), limit=4)
     pairs = random_pairs()
-    lm = ad.load_frozen(run, run.args.model)
+    lm = ad.load_lm(run, run.args.model)
     first = ad.add_reference_logps(run, run.args.model, pairs)
     (file,) = run.out.glob("reference_logps-*.pt")
     torch.save(torch.ones(2, 2), file)
@@ -1072,7 +1075,6 @@ def test_shaded_response():
     for span, reward in zip(spans, 0.3 * (dpo - rev)[range(4), tokens]):
         assert f"reward {reward:+.3f}," in span and ("46,160,67" in span) == (reward > 0)
     assert "&lt;pad&gt;" in spans[0] and "<pad>" not in spans[0]
-    assert ad.printable("a\x1b[2J\n") == "a\\x1b[2J\\n"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1098,9 +1100,8 @@ def test_a_frozen_copy_is_the_model_itself(tmp_path):
     """Notices a frozen model of another precision: a policy and its own saved copy must not differ."""
     lm, batch = ad.LM(tiny_gpt2(), chunk_size=512), ad.collate(singles(), pad_id=0)
     lm.model.save_pretrained(tmp_path)
-    frozen = ad.load_frozen(tiny_run(), str(tmp_path))
-    for parameter in [*frozen.model.parameters(), *frozen.head.parameters()]:
-        assert parameter.dtype == torch.float32 and not parameter.requires_grad
+    frozen = ad.load_lm(tiny_run(), str(tmp_path))
+    assert {parameter.dtype for parameter in frozen.model.parameters()} == {torch.float32}
     with torch.no_grad():
         ours, theirs = (x.logits(x.hidden(batch)) for x in (lm, frozen))
     assert ours.dtype == torch.float32 and torch.equal(ours, theirs)
@@ -1144,7 +1145,7 @@ def flags(**settings) -> list:
 
 BAD = {  # what is wrong: (flags, where {} is a folder of prepared files; what the error line must say)
     "no such model": ("--model {}/nowhere", r"model .*nowhere .*neither a local folder nor"),
-    "no such dataset": ("--dataset {}/nowhere.jsonl", r"nowhere\.jsonl: no such file"),
+    "no such dataset": ("--dataset {}/nowhere.jsonl", r"nowhere\.jsonl cannot be read .*nowhere\.jsonl"),
     "model of an unreachable hub": ("--model gpt2", r"model gpt2 .*hub is out of reach"),
     "dataset of an unreachable hub": ("--dataset some/pairs", r"some/pairs .*hub is out of reach"),
     "missing field": ("--dataset {}/missing.jsonl", r"missing\.jsonl, record 1 .*'chosen' is missing"),
@@ -1166,7 +1167,7 @@ BAD = {  # what is wrong: (flags, where {} is a folder of prepared files; what t
     "teacher's vocabulary": ("--dpo {}/smaller", r"teacher .*smaller: its vocabulary or tokenizer"),
     "teacher's tokenizer": ("--reverse_dpo {}/latin", r"teacher .*latin: its vocabulary or tokenizer"),
     "corrupt weights": ("--model {}/corrupt", r"model .*corrupt cannot be loaded"),
-    "weights not finite": ("--model {}/nan", r"model .*nan.*finite"),
+    "weights not finite": ("--model {}/nan", r"model .*nan is not supported.* differ by nan"),
     "no safetensors": ("--model {}/splits", r"model .*splits.* no safetensors file"),
     "demo model, other data": ("--model demo", r"--model demo .*good\.jsonl"),
     "beta": ("--beta 0", r"--beta is 0\.0"),
@@ -1184,7 +1185,7 @@ BAD = {  # what is wrong: (flags, where {} is a folder of prepared files; what t
     "output of mine": ("--output_dir {}/mine", r"output folder .*mine holds policy and no run"),
     "output of another run": ("--output_dir {}/run --beta 0.2", r"with other settings \(beta 0\.1 → 0\.2\)"),
     "output of other data": ("--output_dir {}/run --dataset {}/other.jsonl", r"settings \(dataset .*other"),
-    "output in use": ("--output_dir {}/busy", r"another process .*busy"),
+    "output in use": ("--output_dir {}/busy", r"output folder .*busy cannot be used: .*lock"),
 }
 
 
@@ -1380,7 +1381,7 @@ def test_what_a_run_leaves(prepared, demo, of_demo):
     columns = {"instruction", "output", "generator"} | scores - {"distinct", "win_rate_pm", "true_reward_pm"}
     assert all(sample.keys() == columns for sample in samples)
     page = (folder / "report.html").read_text(encoding="utf-8")
-    assert page.count("<svg") == 4 and not re.search(r"src=|@import|<script", page)
+    assert not re.search(r"src=|@import|<script", page)
     shown = samples if len(samples) == 16 else [sample for i, sample in enumerate(samples) if i % 8 < 6]
     assert page.count("<span") == sum(sample["length"] for sample in shown)
     assert json.loads((folder / "config.json").read_text())["alpha_r"] == (5.0 if of_demo else 30.0)
