@@ -427,6 +427,22 @@ def test_micro_batches_leave_loss_and_gradient_unchanged(name):
         assert_same_gradients(found, expected, 1e-5)
 
 
+@pytest.mark.parametrize("name", ["sft", "dpo", "distillation"])
+def test_a_step_neither_waits_nor_mixes_devices(monkeypatch, name):
+    """Notices a tensor left on the CPU or a number fetched in mid-step: on "meta", our CUDA, both fail."""
+    # transformers itself waits once a body pass: it looks for packed sequences
+    monkeypatch.setattr(transformers.masking_utils, "find_packed_sequence_indices", lambda positions: None)
+    lm, (loss_of, examples) = tiny_lm(), losses_and_examples()[name]
+    lm.model.to("meta")
+    if name == "distillation":
+        for frozen in loss_of.keywords["teacher"].lms.values():
+            frozen.model.to("meta")
+    sums = loss_of(lm, ad.collate(examples, pad_id=0, device="meta"), 1.0)
+    assert {value.device.type for value in sums.values()} == {"meta"}
+    torch.nn.utils.clip_grad_norm_(lm.model.parameters(), 1.0)
+    torch.optim.AdamW(lm.model.parameters()).step()
+
+
 def test_no_logits_of_a_whole_batch(monkeypatch):
     """Notices an output head that sees more than one chunk of states, or a prompt or pad position."""
     seen, own = [], ad.LM.logits
