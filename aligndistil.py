@@ -14,11 +14,11 @@ The policy is distilled from that teacher on the policy's own samples.
 Where it departs from the authors' code, it follows the paper: the loss covers every response token, the first
 one too; TVD has its factor 1/2 (their beta2 is r/2); models whose vocabularies differ are refused and not
 cut. Left out: sharded weights (the policy and its optimizer must fit one device) and generation by a separate
-server.
+server. Everything is float32.
 
 Sections: 1 settings, 2 the mathematics, 3 the losses and the teacher, 4 the algorithm (align), 5 the training
 loop, 6 a language model taken apart, 7 data, 8 the demo world, 9 evaluation and report, 10 the run. The
-method is 1 to 6.
+method is 1 to 4; 5 and 6 are how it runs.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class Args:
     teacher_device: str | None = None  # device of the two frozen models in the distillation (device)
     # evaluation and logs
     eval_pairs: int = 1000  # held-out records for the reward accuracy, at most
-    eval_prompts: int = 128  # held-out prompts that every model answers, at most
+    eval_prompts: int = 128  # how many of these prompts every model answers, at most
     judge: str | None = None  # reward model (folder, hub id) that scores the answers; the demo has its truth
     sample_steps: int = 50  # show a response of the model in training every so many steps
     save_steps: int = 100  # write a checkpoint every so many steps
@@ -169,7 +169,7 @@ def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
 
 def total_variation(p_logits: Tensor, q_logits: Tensor) -> Tensor:
     """½ Σ_v |p(v) − q(v)| of the distributions that two logits (..., V) stand for: (...), in [0, 1]."""
-    difference = p_logits.softmax(-1).sub_(q_logits.softmax(-1))
+    difference = p_logits.softmax(-1) - q_logits.softmax(-1)
     return 0.5 * torch.linalg.vector_norm(difference, ord=1, dim=-1)
 
 
@@ -240,7 +240,7 @@ class ReverseKL(torch.autograd.Function):
 # 3  The losses and the teacher. Each loss maps (lm, batch, scale) to sums over its examples (responses
 #    or pairs): the loss and what is worth watching. It leaves scale·∇loss in the weights' .grad. The training
 #    loop passes scale = 1 / (examples of the whole optimisation batch), so neither micro-batches nor the
-#    number of processes change the gradient.
+#    number of processes change the gradient of given examples.
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -425,7 +425,7 @@ def train(
     `examples_of` says what a step trains on (below), `loss_of` with which loss (section 3). AdamW, linear
     warm-up then linear decay, gradients clipped to `max_grad_norm`. A finished stage is not repeated; one
     under way goes on from its last checkpoint. Raises BadInput when a loss, a gradient or a weight is not
-    finite.
+    finite; nothing of that step is kept.
     """
     args, folder = run.args, run.out / stage
     if folder.exists():
@@ -464,17 +464,14 @@ def train(
                 records = sorted(row["record"] for row in rows)
                 where = f"{stage}: not finite at step {step + 1} (records {records})"
                 raise BadInput(f"{where}: {line}; look at these records or lower the learning rate")
-            bar.set_postfix_str(", ".join(f"{name} {line[name]:.3g}" for name in line if name != "tokens"))
-            line["tokens"] = round(line["tokens"] * batch_size)
+            bar.set_postfix_str(", ".join(f"{name} {value:.3g}" for name, value in line.items()))
             line["learning_rate"] = rate
-            line["tokens_per_s"] = round(line["tokens"] / (time.time() - began))
-            if run.device.type == "cuda":
-                line["peak_memory_gb"] = round(torch.cuda.max_memory_allocated(run.device) / 1e9, 3)
+            line["tokens_per_s"] = round(line["tokens"] * batch_size / (time.time() - began))
             if run.rank == 0:
                 with open(run.out / "metrics.jsonl", "a") as file:
                     file.write(json.dumps({"stage": stage, "step": step + 1, **line}) + "\n")
                 if (step + 1) % args.sample_steps == 0:
-                    show_sample(run, lm, rows[0]["prompt"], f"{stage}, step {step + 1}")
+                    show_sample(run, lm, rows[len(rows) // 2]["prompt"], f"{stage}, step {step + 1}")
             if (step + 1) % args.save_steps == 0:
                 save_checkpoint(run, stage, lm.model, optimizer, step + 1)
     save_model(run, lm.model, folder)
@@ -494,7 +491,7 @@ def warmup_then_decay(step: int, steps: int, warmup_ratio: float) -> float:
     warmup = math.ceil(warmup_ratio * steps)
     if step < warmup:
         return (step + 1) / warmup
-    return (steps - step) / max(1, steps - warmup)
+    return (steps - step) / (steps - warmup)
 
 
 def rows_of_step(run: Run, pairs, step: int, batch_size: int) -> list:
@@ -648,11 +645,10 @@ def micro_batches(run: Run, examples: list):
     width = [max(map(len, example)) for example in examples]
     order = sorted(range(len(examples)), key=lambda i: -width[i])
     while order:
-        longest = order[0]
-        padded = len(examples[longest]) * width[longest]  # tokens of each example beside it
-        n = max(1, run.args.tokens_per_micro_batch // padded)
-        group, order = order[:n], order[n:]
+        tokens_each = len(examples[order[0]]) * width[order[0]]  # padded to the longest
+        group = order[: max(1, run.args.tokens_per_micro_batch // tokens_each)]
         yield group, collate([examples[i] for i in group], run.tokenizer.pad_token_id, run.device)
+        order = order[len(group) :]
 
 
 class LM:
@@ -851,7 +847,10 @@ def render(run: Run, record: dict) -> dict:
 
 
 def tokenize(run: Run, columns: dict) -> dict:
-    """Texts → ids, cut to the limits. Prompt and responses apart, so that no merge crosses the boundary."""
+    """Texts → ids. Prompt and responses apart, so that no merge crosses the boundary.
+
+    A prompt that is too long loses its beginning, a response its end.
+    """
     args, stop = run.args, run.stop_ids[:1]
     found = {"prompt": [], "chosen": [], "rejected": [], "usable": [], "cut": []}
     texts = (columns["text"], columns["chosen"], columns["rejected"])
@@ -878,9 +877,7 @@ def split_record(record: dict) -> tuple:
     The prompt is text, or a list of {"role", "content"} messages. The rejected text is "" if the two
     conversations have not the same prompt. Raises ValueError for a record in none of the formats.
     """
-    prompt, chosen, rejected = (checked(record.get(key), key) for key in ("prompt", "chosen", "rejected"))
-    if chosen is None or rejected is None:
-        raise ValueError(f"field '{'rejected' if rejected is None else 'chosen'}' is missing")
+    prompt, chosen, rejected = (checked(record, key) for key in ("prompt", "chosen", "rejected"))
     if type(chosen) is not type(rejected):
         raise ValueError("one of 'chosen' and 'rejected' is text and the other a conversation")
     if prompt is None and isinstance(chosen, str) and chosen.startswith("\n\nHuman:") and ASSISTANT in chosen:
@@ -901,12 +898,15 @@ def split_record(record: dict) -> tuple:
         prompt = os.path.commonprefix([chosen, rejected])
         if not all(text[len(prompt) :][:1].strip() == "" for text in (chosen, rejected)):
             prompt = re.match(r"(.*(?=\s))?", prompt, re.DOTALL)[0]
-        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]  # "" if one begins the other
     return prompt, chosen, rejected
 
 
-def checked(value, key: str):
-    """The value of a field: text, None, or a list of messages, of which role and content are kept."""
+def checked(record: dict, key: str):
+    """A field: text, or a list of messages, of which role and content are kept; a prompt may be None."""
+    value = record.get(key)
+    if value is None and key != "prompt":
+        raise ValueError(f"field '{key}' is missing")
     if value is None or isinstance(value, str):
         return value
     try:
@@ -1030,10 +1030,7 @@ def judge_words(prompt: str, review: str) -> list:
         elif kind == "opinion" and fits:
             reward = sign * max(-2.0, min(2.0, strength * VALENCE[word]))
         judged.append(Word(reward, fits))
-        for row in [GRAMMAR[state], *GRAMMAR.values()]:  # a word out of place is read where it would fit
-            if kind in row:
-                state = row[kind]
-                break
+        state = GRAMMAR[state].get(kind, state)  # after a word out of place the same may follow as before
     return judged
 
 
@@ -1125,7 +1122,7 @@ def demo_model(seed: int):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 9  Evaluation and report, on one process.
+# 9  The reference's log-probabilities; evaluation and report, on one process.
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -1185,8 +1182,8 @@ def evaluate(run: Run, folders: dict, test_pairs) -> dict:
         judge = "judge"
         samples[judge] = judge_scores(run, samples)
     if judge in samples:
-        scores = samples[judge].to_numpy().reshape(len(lms), -1)
-        samples["win_rate"] = ((scores > scores[0]) + 0.5 * (scores == scores[0])).ravel()
+        of_reference = samples[judge].tolist()[: len(rows)] * len(lms)
+        samples["win_rate"] = (samples[judge] > of_reference) + 0.5 * (samples[judge] == of_reference)
     groups = samples.groupby("generator", sort=False)
     models = groups.mean(numeric_only=True)
     models["distinct"] = groups["output"].nunique() / len(rows)
@@ -1255,7 +1252,10 @@ def sample_and_score(run: Run, lms: dict, name: str, rows: list):
 
 @torch.no_grad()
 def judge_scores(run: Run, samples) -> list:
-    """The judge's score of every sample, by its own chat template, or as a pair of texts if it has none."""
+    """The judge's score of every sample, by its own chat template, or as a pair of texts if it has none.
+
+    A prompt of several turns is given to it as one message.
+    """
     model, tokenizer = run.judge
     model, scores = model.to(run.device), []
     texts = zip(samples["instruction"], samples["output"], strict=True)
@@ -1353,6 +1353,7 @@ def set_up(args: Args) -> tuple:
         dist.init_process_group("nccl" if run.device.type == "cuda" else "gloo")
 
     lm, tokenizer = load_lm(run, args.model), load_tokenizer(args.model)
+    check_model(lm, args.model)
     if tokenizer.eos_token_id is None:
         raise BadInput(f"model {args.model}: its tokenizer has no end-of-sequence token; set one")
     run.tokenizer, run.stop_ids = tokenizer, stop_tokens(tokenizer, lm.model.generation_config)
@@ -1360,14 +1361,16 @@ def set_up(args: Args) -> tuple:
         tokenizer.pad_token = tokenizer.eos_token
     starts_with_bos = not tokenizer.chat_template and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
     run.first_ids = [tokenizer.bos_token_id] if starts_with_bos else []
-    run.judge = load_judge(args.judge) if args.judge else None
     for folder in filter(None, (args.dpo, args.reverse_dpo)):
-        same_size = len(load_lm(run, folder).head.weight) == len(lm.head.weight)
+        teacher = load_lm(run, folder)
+        check_model(teacher, folder)
+        same_size = len(teacher.head.weight) == len(lm.head.weight)
         if not same_size or load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
             raise BadInput(f"teacher {folder}: its vocabulary or tokenizer is not that of the model")
     fill_in(run, lm.model.config.get_text_config())
 
     train_pairs, test_pairs = load_pairs(run)
+    run.judge = load_judge(args.judge) if args.judge else None
     if min(args.batch_size, len(train_pairs)) < run.world:
         raise BadInput(f"{run.world} processes for a batch of fewer pairs; use fewer")
     open_output(run, train_pairs, test_pairs)
@@ -1392,8 +1395,7 @@ def check_settings(args: Args) -> None:
 def fill_in(run: Run, config) -> None:
     """Fill in every default that depends on the model. Raises BadInput for lengths that cannot be."""
     args = run.args
-    names = ("max_position_embeddings", "max_seq_len", "n_positions")
-    known = [getattr(config, name, None) or 0 for name in names]
+    known = [getattr(config, name, None) or 0 for name in ("max_position_embeddings", "max_seq_len")]
     positions = next((number for number in known if number > 0), sys.maxsize)
     if args.max_length is None:
         args.max_length = min(2048, positions)
@@ -1416,27 +1418,29 @@ def open_output(run: Run, train_pairs, test_pairs) -> None:
     The folder stays locked as long as the process lives.
     """
     settings, config = asdict(run.args), run.out / "config.json"
-    settings["data"] = seed_of(fingerprint(train_pairs), fingerprint(test_pairs))
+    settings["data"] = [fingerprint(train_pairs), fingerprint(test_pairs)]
     with using(f"output folder {run.out} cannot be used: choose another --output_dir"):
-        there = [path.name for path in run.out.glob("[!.]*")] if run.out.exists() else []
-        saved = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
-        if there and "data" not in saved:
-            raise BadInput(f"output folder {run.out} holds {there[0]} and no run of this script")
-        for name in settings:
-            if saved and name not in FREE_SETTINGS and saved.get(name) != settings[name]:
-                change = f"{name} {saved.get(name)} → {settings[name]}"
-                raise BadInput(f"{run.out} is of a run with other settings ({change}); choose another")
+        if config.exists():
+            saved = json.loads(config.read_text(encoding="utf-8"))
+            for name in settings:
+                if name not in FREE_SETTINGS and saved.get(name) != settings[name]:
+                    change = f"{name} {saved.get(name)} → {settings[name]}"
+                    raise BadInput(f"{run.out} is of a run with other settings ({change}); choose another")
+        elif any(run.out.glob("[!.]*")):
+            raise BadInput(f"output folder {run.out} holds files and no run of this script; choose another")
         if run.rank == 0:
             run.out.mkdir(parents=True, exist_ok=True)
             run.lock = filelock.FileLock(run.out / ".lock", is_singleton=True)
             run.lock.acquire(blocking=False)  # fails where another process writes
-    if not saved:
-        write_json(run, config, settings)
-    run.barrier()
+    run.barrier()  # all have read before it is written
+    write_json(run, config, settings)
 
 
 class Run:
-    """What every stage needs beside mathematics: settings, tokenizer, device, processes, progress bars."""
+    """What every stage needs beside mathematics: settings, device, processes, progress bars.
+
+    `set_up` adds the tokenizer, the ids that stop and begin a text, the judge and the folder's lock.
+    """
 
     def __init__(self, args: Args):
         self.args, self.out = args, Path(args.output_dir or f"runs/{Path(args.model).name}")
@@ -1450,7 +1454,7 @@ class Run:
         """The device of this process. Raises BadInput for one that is not there."""
         if name == "cuda":
             name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-        with using(f"device {name} is not there: choose another with --device"):
+        with using(f"device {name} is not there: choose another with --device or --teacher_device"):
             return torch.empty(1, device=name).device
 
     def say(self, text: str) -> None:
@@ -1545,7 +1549,8 @@ def load_tokenizer(name: str):
 def load_lm(run: Run, name: str, device=None) -> LM:
     """A causal LM in float32 and without dropout, whatever its checkpoint says.
 
-    Two models after DPO differ by little, and α multiplies that; bfloat16 and TF32 would round it away.
+    Two models after DPO differ by little, and α multiplies that; bfloat16 or TF32 products would round it
+    away. (TF32 is off in torch unless somebody turns it on.)
     """
     with using(f"model {name} cannot be loaded"):
         if name == "demo":
@@ -1556,12 +1561,14 @@ def load_lm(run: Run, name: str, device=None) -> LM:
             model = transformers.AutoModelForCausalLM.from_pretrained(folder, config=config, **LOADING)
         if run.args.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        check_model(LM(model), name)
         return LM(model.to(device or run.device), run.args.chunk_size, run.device)
 
 
 def without_dropout(config):
-    """The config with no dropout and no other noise in training mode; so are configs inside it."""
+    """The config with no dropout and no other noise; so are configs inside it.
+
+    With gradient checkpointing a model trains in training mode. The checkpoints of a run keep these zeros.
+    """
     for name, value in list(vars(config).items()):
         if isinstance(value, float) and ("drop" in name or "jitter" in name):
             setattr(config, name, 0.0)
@@ -1573,20 +1580,20 @@ def without_dropout(config):
 @torch.no_grad()
 def check_model(lm: LM, name: str) -> None:
     """Raise BadInput unless generate(), with its cache and left padding, draws from head(body(tokens))."""
-    prompts = torch.tensor([[0, 0, 0, 3, 4], [5, 6, 7, 8, 9]])
+    prompts = torch.tensor([[0, 0, 0, 3, 4], [5, 6, 7, 8, 9]], device=lm.model.device)
     config = transformers.GenerationConfig(
         do_sample=False, max_new_tokens=8, pad_token_id=0, output_logits=True, return_dict_in_generate=True
     )
-    output = lm.generate(prompts, (prompts > 0).long(), config)
-    ids = output.sequences.tolist()
-    batch = collate([[Response(ids[0][3:5], ids[0][5:])], [Response(ids[1][:5], ids[1][5:])]], pad_id=0)
-    own_logits = torch.stack(output.logits, 1).flatten(0, 1).float()
-    difference = total_variation(lm.logits(lm.hidden(batch)), own_logits).max()
-    if not difference < 1e-3:  # also where the weights are broken and it is no number
-        raise BadInput(
-            f"model {name} is not supported: what generate() draws from and head(body(tokens)) differ by "
-            f"{difference:.2g} (TVD)"
-        )
+    with using(f"model {name} is not supported: it does not sample"):
+        output = lm.generate(prompts, (prompts > 0).long(), config)
+    first, second = output.sequences.tolist()
+    examples = [[Response(first[3:5], first[5:])], [Response(second[:5], second[5:])]]
+    ours = lm.logits(lm.hidden(collate(examples, pad_id=0))).softmax(-1)
+    own = torch.stack(output.logits, 1).flatten(0, 1).softmax(-1)
+    if not own.isfinite().all():
+        raise BadInput(f"model {name}: its logits are not finite; its weights are broken")
+    if (ours - own).abs().max() > 1e-3:
+        raise BadInput(f"model {name} is not supported: generate() does not draw from head(body(tokens))")
 
 
 def load_judge(name: str) -> tuple:
@@ -1598,7 +1605,7 @@ def load_judge(name: str) -> tuple:
     return model.eval(), load_tokenizer(name)
 
 
-# Files. Each is written aside and renamed, so that a killed process leaves it whole or not at all.
+# Files. All but metrics.jsonl are written aside and renamed: a kill leaves them whole or not at all.
 
 
 @contextlib.contextmanager
@@ -1624,24 +1631,23 @@ def save_model(run: Run, model, folder: Path) -> None:
         with written_aside(folder) as aside:
             model.save_pretrained(aside)
             run.tokenizer.save_pretrained(aside)
-        (run.out / "checkpoint.pt").unlink(missing_ok=True)
+        (run.out / f"checkpoint-{folder.name}.pt").unlink(missing_ok=True)
     run.barrier()
 
 
 def save_checkpoint(run: Run, stage: str, model, optimizer, step: int) -> None:
     if run.rank == 0:
-        weights, moments = model.state_dict(), optimizer.state_dict()
-        state = {"stage": stage, "step": step, "model": weights, "optimizer": moments}
-        with written_aside(run.out / "checkpoint.pt") as aside:
+        state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        with written_aside(run.out / f"checkpoint-{stage}.pt") as aside:
             torch.save(state, aside)
 
 
 def load_checkpoint(run: Run, stage: str, model, optimizer) -> int:
     """Put this stage's last checkpoint into model and optimizer; the step to go on at, 0 if there is none."""
-    path = run.out / "checkpoint.pt"
-    state = torch.load(path, map_location=run.device, weights_only=True) if path.exists() else {"stage": None}
-    if state["stage"] != stage:
+    path = run.out / f"checkpoint-{stage}.pt"
+    if not path.exists():
         return 0
+    state = torch.load(path, map_location=run.device, weights_only=True)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     run.say(f"{stage}: going on after step {state['step']}")

@@ -950,7 +950,7 @@ def test_the_truth_depends_on_context():
         "the bed was superb . overall it was bad .": [0, 0, 0, 2, 0, 0, 0, 0, -1, 0, 0],
         "the bed was very good . overall it was not superb .": [0, 0, 0, 0, 1.5, 0, 0, 0, 0, 0, -2, 0, 0],
         "the bed was not very awful": [0, 0, 0, 0, 0, 2, -2],
-        "superb superb was good": [-2, -2, -2, 1, -2],
+        "superb the bed superb was good": [-2, 0, 0, -2, 0, 1, -2],
         "the cake was good , the cake was .": [0, -2, 0, 1, 0, 0, -2, 0, -2, -2],
     }.items():
         assert [word.reward for word in ad.judge_words(HOTEL, review)] == rewards, review
@@ -1136,7 +1136,7 @@ def test_an_unsupported_architecture_is_refused(monkeypatch, tmp_path):
 
     monkeypatch.setattr(transformers.GPT2LMHeadModel, "forward", doubled)
     with pytest.raises(ad.BadInput, match="not supported"):
-        ad.load_lm(tiny_run(), str(tmp_path))
+        ad.check_model(ad.load_lm(tiny_run(), str(tmp_path)), "doubled")
 
 
 FORK = torch.multiprocessing.get_context("forkserver")  # real processes, which need not import torch each
@@ -1183,7 +1183,7 @@ BAD = {  # what is wrong: (flags, where {} is a folder of prepared files; what t
     "teacher's vocabulary": ("--dpo {}/smaller", r"teacher .*smaller: its vocabulary or tokenizer"),
     "teacher's tokenizer": ("--reverse_dpo {}/latin", r"teacher .*latin: its vocabulary or tokenizer"),
     "corrupt weights": ("--model {}/corrupt", r"model .*corrupt cannot be loaded"),
-    "weights not finite": ("--model {}/nan", r"model .*nan is not supported.* differ by nan"),
+    "weights not finite": ("--model {}/nan", r"model .*nan.*finite"),
     "no safetensors": ("--model {}/splits", r"model .*splits.* no safetensors file"),
     "demo model, other data": ("--model demo", r"--model demo .*good\.jsonl"),
     "beta": ("--beta 0", r"--beta is 0\.0"),
@@ -1198,7 +1198,7 @@ BAD = {  # what is wrong: (flags, where {} is a folder of prepared files; what t
     "unknown flag": ("--lerning_rate 1", r"--lerning_rate"),
     "device": ("--device cuda:7", r"device cuda:7 is not there"),
     "output below a file": ("--output_dir {}/file/out", r"output folder .*file/out cannot be used"),
-    "output of mine": ("--output_dir {}/mine", r"output folder .*mine holds policy and no run"),
+    "output of mine": ("--output_dir {}/mine", r"output folder .*mine holds files and no run"),
     "output of another run": ("--output_dir {}/run --beta 0.2", r"with other settings \(beta 0\.1 → 0\.2\)"),
     "output of other data": ("--output_dir {}/run --dataset {}/other.jsonl", r"settings \(dataset .*other"),
     "output in use": ("--output_dir {}/busy", r"output folder .*busy cannot be used: .*lock"),
@@ -1401,7 +1401,7 @@ def test_what_a_run_leaves(prepared, demo, of_demo):
     shown = samples if len(samples) == 16 else [sample for i, sample in enumerate(samples) if i % 8 < 6]
     assert page.count("<span") == sum(sample["length"] for sample in shown)
     assert json.loads((folder / "config.json").read_text())["alpha_r"] == (5.0 if of_demo else 30.0)
-    assert not list(folder.glob("*.partial")) and not (folder / "checkpoint.pt").exists()
+    assert not list(folder.glob("*.partial")) and not list(folder.glob("checkpoint*"))
 
 
 @pytest.mark.parametrize("chat", [False, True])
@@ -1511,7 +1511,7 @@ def test_leftovers_of_a_kill(prepared, base, tmp_path, capsys):
         (out / name).unlink()
     shutil.rmtree(out / "policy")
     shutil.copytree(out / "sft", out / ".policy.partial")
-    (out / ".checkpoint.pt.partial").write_bytes(b"half")
+    (out / ".checkpoint-policy.pt.partial").write_bytes(b"half")
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"stage": "policy", "st')
     align(base, prepared, out, **RESUMED)
