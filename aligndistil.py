@@ -43,8 +43,10 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import datasets
 import filelock
 import huggingface_hub
+import pandas as pd
 import tokenizers
 import torch
 import torch.distributed as dist
@@ -770,8 +772,6 @@ def read_records(args: Args) -> tuple:
 
     Of the splits of a hub data set only the two that are needed are fetched: there may be many more.
     """
-    import datasets
-
     if args.dataset == "demo":
         parts = demo_records(8192, args.seed), demo_records(1024, args.seed + 10**6)
         return tuple(datasets.Dataset.from_list(records) for records in parts)
@@ -1168,8 +1168,6 @@ def evaluate(run: Run, folders: dict, test_pairs) -> dict:
     many of these are distinct. The judge is the demo's truth or --judge: its mean score and the win rate
     against π_ref's responses, with half of a 95 % interval (`_pm`). `reward_accuracy`: see there.
     """
-    import pandas as pd
-
     path = run.out / "results.json"
     if path.exists():
         run.say(f"evaluation: finished before; to repeat it, delete {path}")
@@ -1222,8 +1220,6 @@ def sample_and_score(run: Run, lms: dict, name: str, rows: list):
     exact over the vocabulary at each state, in nats; `entropy` is the mean over tokens, in nats; `length`
     counts tokens. The demo has its truth beside.
     """
-    import pandas as pd
-
     teacher = Teacher(run.args, lms.get)
     torch.manual_seed(seed_of(run.args.seed, "evaluation", 0))  # the same random numbers for every model
     sampled = sample(run, lms[name], [row["prompt"] for row in rows])
@@ -1277,8 +1273,6 @@ def reward_accuracy(run: Run, lms: dict, pairs):
     The rewards: log π_dpo/π_ref (dpo), log π_ref/π_dpo⁻ (reverse), and their sum log π_dpo/π_dpo⁻
     (contrastive).
     """
-    import pandas as pd
-
     logps = {name: pair_logps(run, lms[name], pairs, f"held-out {name}") for name in lms if name != "policy"}
     rewards = {"dpo": logps["dpo"] - logps["reference"]}
     if "reverse_dpo" in logps:
@@ -1336,8 +1330,6 @@ def shade(run: Run, teacher: Teacher, response: Response) -> str:
 
 def set_up(args: Args) -> tuple:
     """Check all that can be checked before training, open the output folder: (run, two sets of pairs)."""
-    import datasets
-
     check_settings(args)
     run = Run(args)
     transformers.logging.set_verbosity_error()  # errors are told in one line here; the bars of downloads stay
