@@ -1576,15 +1576,15 @@ def check_model(lm: LM, name: str) -> None:
     config = transformers.GenerationConfig(
         do_sample=False, max_new_tokens=8, pad_token_id=0, output_logits=True, return_dict_in_generate=True
     )
-    with using(f"model {name} is not supported: it does not sample"):
+    with using(f"model {name} is not supported"):
         output = lm.generate(prompts, (prompts > 0).long(), config)
-    first, second = output.sequences.tolist()
-    examples = [[Response(first[3:5], first[5:])], [Response(second[:5], second[5:])]]
-    ours = lm.logits(lm.hidden(collate(examples, pad_id=0))).softmax(-1)
-    own = torch.stack(output.logits, 1).flatten(0, 1).softmax(-1)
+        first, second = output.sequences.tolist()
+        examples = [[Response(first[3:5], first[5:])], [Response(second[:5], second[5:])]]
+        ours = lm.logits(lm.hidden(collate(examples, pad_id=0))).log_softmax(-1)
+    own = torch.stack(output.logits, 1).flatten(0, 1).log_softmax(-1)
     if not own.isfinite().all():
         raise BadInput(f"model {name}: its logits are not finite; its weights are broken")
-    if (ours - own).abs().max() > 1e-3:
+    if (ours - own).abs().max() > 1e-2:
         raise BadInput(f"model {name} is not supported: generate() does not draw from head(body(tokens))")
 
 
