@@ -69,7 +69,7 @@ class Args:
     dataset: str = "HuggingFaceH4/ultrafeedback_binarized"  # hub id, id:config, folder, file or 'demo'
     train_split: str | None = None  # split to train on (train_prefs, or else train)
     test_split: str | None = None  # split to evaluate on (test_prefs, test, or a tenth held out)
-    limit: int | None = None  # train on the first so many records (all)
+    limit: int | None = None  # train on so many records at most (all)
     output_dir: str | None = None  # where all results go (runs/<model>); the same command goes on there
     seed: int = 0  # seed of the data order, the held-out part, the sampling and the demo
     # the stages
@@ -753,17 +753,13 @@ def load_pairs(run: Run) -> tuple:
     """
     args = run.args
     train_records, test_records = read_records(args)
-    numbers = list(range(len(train_records)))
-    if test_records:
-        held_out = list(range(len(test_records)))
-    else:
-        random.Random(args.seed).shuffle(numbers)
-        cut = max(1, round(0.1 * len(numbers)))
-        run.say(f"{args.dataset} has no test split: {cut:,} of {len(numbers):,} records are held out")
-        held_out, numbers = sorted(numbers[:cut]), sorted(numbers[cut:])
-        test_records = train_records
-    train_pairs = encode(run, train_records, numbers[: args.limit], use="train")
-    test_pairs = encode(run, test_records, held_out[: args.eval_pairs], use="evaluate")
+    if not test_records:
+        with using(f"--dataset {args.dataset} has no test split, and no tenth of it can be held out"):
+            parts = train_records.train_test_split(test_size=0.1, seed=args.seed)
+        train_records, test_records = parts["train"], parts["test"]
+        run.say(f"{args.dataset} has no test split: a tenth is held out, {len(test_records):,} records")
+    train_pairs = encode(run, train_records, args.limit, use="train")
+    test_pairs = encode(run, test_records, args.eval_pairs, use="evaluate")
     return train_pairs, test_pairs
 
 
@@ -774,7 +770,7 @@ def read_records(args: Args) -> tuple:
     """
     if args.dataset == "demo":
         parts = demo_records(8192, args.seed), demo_records(1024, args.seed + 10**6)
-        return tuple(datasets.Dataset.from_list(records) for records in parts)
+        return tuple(numbered(datasets.Dataset.from_list(records)) for records in parts)
     name, config = args.dataset, ""
     if not os.path.exists(name):  # an existing path may hold a colon of its own
         name, _, config = name.partition(":")
@@ -797,7 +793,14 @@ def read_records(args: Args) -> tuple:
     columns = splits[train_split].column_names
     if not {"chosen", "rejected"} <= set(columns):
         raise BadInput(f"--dataset {name} needs columns 'chosen' and 'rejected', it has {columns}")
-    return splits[train_split], splits.get(test_split)
+    test_records = numbered(splits[test_split]) if test_split else None
+    return numbered(splits[train_split]), test_records
+
+
+def numbered(records):
+    """The columns that matter, and `record`, which numbers the records of a source from 0."""
+    columns = [name for name in ("prompt", "chosen", "rejected") if name in records.column_names]
+    return records.select_columns(columns).add_column("record", list(range(len(records))))
 
 
 def choose_splits(args: Args, names: list) -> tuple:
@@ -814,20 +817,19 @@ def choose_splits(args: Args, names: list) -> tuple:
     return train_split, test_split
 
 
-def encode(run: Run, records, numbers: list, use: str):
-    """Tokenize records[numbers]; leave out pairs of no use, cut long ones, and say how many."""
+def encode(run: Run, records, most: int | None, use: str):
+    """Tokenize the first `most` records; leave out pairs of no use, cut long ones, and say how many."""
     options = {"keep_in_memory": True, "load_from_cache_file": False}
-    columns = [name for name in ("prompt", "chosen", "rejected") if name in records.column_names]
-    pairs = records.select_columns(columns).select(numbers).add_column("record", numbers)
-    pairs = pairs.map(partial(render, run), remove_columns=columns, desc="reading", **options)
-    if numbers:
+    records = records.select(range(len(records))[:most])
+    pairs = records.map(partial(render, run), desc="reading", **options)
+    if records:
         pairs = pairs.map(partial(tokenize, run), batched=True, desc="tokenizing", **options)
         pairs = pairs.select([i for i, usable in enumerate(pairs["usable"]) if usable])
     if len(pairs) == 0:
         raise BadInput(f"--dataset {run.args.dataset}: no usable pair to {use} on; add pairs")
     run.say(
         f"{run.args.dataset}: {len(pairs):,} pairs to {use} on, {sum(pairs['cut'])} of them cut; left out "
-        f"{len(numbers) - len(pairs)} with an empty response, identical responses or different prompts"
+        f"{len(records) - len(pairs)} with an empty response, identical responses or different prompts"
     )
     return pairs.remove_columns(["usable", "cut", "text"])
 
@@ -1173,7 +1175,7 @@ def evaluate(run: Run, folders: dict, test_pairs) -> dict:
         run.say(f"evaluation: finished before; to repeat it, delete {path}")
         return json.loads(path.read_text(encoding="utf-8"))
     lms = {name: load_lm(run, folder) for name, folder in folders.items()}
-    rows = test_pairs.select(range(min(len(test_pairs), run.args.eval_prompts))).to_list()
+    rows = test_pairs.select(range(len(test_pairs))[: run.args.eval_prompts]).to_list()
     samples = pd.concat([sample_and_score(run, lms, name, rows) for name in lms])
     judge = "true_reward"
     if run.judge:

@@ -1175,7 +1175,7 @@ BAD = {  # what is wrong: (flags, where {} is a folder of prepared files; what t
     "half an emoji": ("--dataset {}/half.jsonl", r"half\.jsonl"),
     "empty file": ("--dataset {}/empty.jsonl", r"empty\.jsonl"),
     "identical pairs": ("--dataset {}/identical.jsonl", r"identical\.jsonl: no usable pair to train on"),
-    "one pair": ("--dataset {}/one.jsonl", r"one\.jsonl: no usable pair to train on"),
+    "one pair": ("--dataset {}/one.jsonl", r"one\.jsonl has no test split, and no tenth"),
     "unknown split": ("--train_split nowhere", r"--train_split nowhere: .* has only train"),
     "unknown config": ("--dataset {}/splits:nowhere", r"splits:nowhere cannot be read"),
     "no room": ("--max_length 20 --max_prompt_length 19", r"--max_length 20 leaves no room"),
