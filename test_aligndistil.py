@@ -1446,6 +1446,25 @@ def test_teachers_of_another_width(prepared, base, tmp_path):
     assert (tmp_path / "policy").exists()
 
 
+def test_gradient_checkpointing_of_a_whole_run(prepared, base, tmp_path, monkeypatch):
+    """Notices a step that does not recompute, samples without a cache, or changes one weight."""
+    loss_of, generate, modes = ad.backward_in_chunks, ad.LM.generate, []
+
+    def loss_watched(lm, *rest):
+        modes.append(("loss", lm.model.training))
+        return loss_of(lm, *rest)
+
+    def generate_watched(lm, *rest):
+        modes.append(("sample", lm.model.training))
+        return generate(lm, *rest)
+
+    monkeypatch.setattr(ad, "backward_in_chunks", loss_watched)
+    monkeypatch.setattr(ad.LM, "generate", generate_watched)
+    align(base, prepared, tmp_path, **RESUMED | {"gradient_checkpointing": True})
+    assert set(modes) == {("loss", True), ("sample", False)}
+    assert_same_run(tmp_path, prepared / "run")
+
+
 def test_a_model_without_checkpointing_is_refused_first(prepared, base, tmp_path, monkeypatch):
     """Notices a refusal that comes only when the first stage begins, with the folder begun."""
     monkeypatch.setattr(transformers.GPT2LMHeadModel, "supports_gradient_checkpointing", False)
