@@ -1423,7 +1423,10 @@ def open_output(run: Run, train_pairs, test_pairs) -> None:
         if run.rank == 0:
             run.out.mkdir(parents=True, exist_ok=True)
             run.lock = filelock.FileLock(run.out / ".lock", is_singleton=True)
-            run.lock.acquire(blocking=False)  # fails where another process writes
+            try:
+                run.lock.acquire(blocking=False)
+            except filelock.Timeout:
+                raise BadInput(f"another process writes into {run.out}: wait, or choose another") from None
     run.barrier()  # all have read before it is written
     write_json(run, config, settings)
 

@@ -1201,7 +1201,7 @@ BAD = {  # what is wrong: (flags, where {} is a folder of prepared files; what t
     "output of mine": ("--output_dir {}/mine", r"output folder .*mine holds files and no run"),
     "output of another run": ("--output_dir {}/run --beta 0.2", r"with other settings \(beta 0\.1 → 0\.2\)"),
     "output of other data": ("--output_dir {}/run --dataset {}/other.jsonl", r"settings \(dataset .*other"),
-    "output in use": ("--output_dir {}/busy", r"output folder .*busy cannot be used: .*lock"),
+    "output in use": ("--output_dir {}/busy", r"another process .*busy"),
 }
 
 
