@@ -11,22 +11,24 @@ reward for each token of the vocabulary. Extrapolating from the first away from 
 state, the teacher that maximises this reward under a KL penalty; how far depends on how much they disagree.
 The policy is distilled from that teacher on the policy's own samples.
 
-Where it departs from the authors' code, it follows the paper: the loss covers every response token, the first
-one too; TVD has its factor 1/2 (their beta2 is r/2); models whose vocabularies differ are refused and not
-cut. Left out: sharded weights (the policy and its optimizer must fit one device) and generation by a separate
-server. Everything is float32.
+Where the paper is silent, settings are those of the authors' code (Adam's betas, the cosine). Where the two
+differ, this file follows the paper: the loss covers every response token, the first one too; TVD has its
+factor 1/2 (their beta2 is r/2). Other than theirs, weights and losses are float32 (see --precision), and
+models whose vocabularies differ are refused and not cut. Left out: sharded weights (the policy and its
+optimizer must fit one device) and generation by a separate server.
 
-Sections: 1 settings, 2 the mathematics, 3 the losses and the teacher, 4 the algorithm (align), 5 the training
-loop, 6 a language model taken apart, 7 data, 8 the demo world, 9 evaluation and report, 10 the run. The
-method is 1 to 4; 5 and 6 are how it runs.
+Sections: 1 settings, 2 the mathematics, 3 losses and teacher, 4 the algorithm (align), 5 the training loop,
+6 a language model taken apart, 7 data, 8 the demo world, 9 evaluation, 10 the run. The method is 1 to 4.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import datetime
 import functools
-import html
+import glob
+import importlib
 import inspect
 import json
 import math
@@ -35,24 +37,21 @@ import random
 import re
 import shutil
 import sys
-import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import datasets
-import filelock
-import huggingface_hub
+import numpy as np
 import pandas as pd
 import tokenizers
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-from huggingface_hub import errors as hub_errors
 from torch import Tensor
 from tqdm import tqdm
 
@@ -68,8 +67,8 @@ class Args:
     model: str = "demo"  # hub id or local folder of a causal LM; 'demo' is built in, with a preset
     dataset: str = "HuggingFaceH4/ultrafeedback_binarized"  # hub id, id:config, folder, file or 'demo'
     train_split: str | None = None  # split to train on (train_prefs, or else train)
-    test_split: str | None = None  # split to evaluate on (test_prefs, test, or a tenth held out)
-    limit: int | None = None  # train on so many records at most (all)
+    test_split: str | None = None  # split to evaluate on (test_prefs, test, or a held-out tenth)
+    limit: int | None = None  # use so many records of the training split at most (all)
     output_dir: str | None = None  # where all results go (runs/<model>); the same command goes on there
     seed: int = 0  # seed of the data order, the held-out part, the sampling and the demo
     # the stages
@@ -92,46 +91,41 @@ class Args:
     distill_epochs: float = 1.0  # passes over the prompts in the distillation
     max_steps: int | None = None  # cap on every stage's optimizer steps
     batch_size: int = 128  # pairs or responses an optimizer step, over all devices
-    warmup_ratio: float = 0.1  # part of the steps in which the learning rate rises; it falls linearly after
+    warmup_ratio: float = 0.1  # part of the steps in which the learning rate rises; then a cosine to a tenth
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
     # lengths, speed and memory
     max_length: int | None = None  # prompt and response in tokens (2048, or what the model holds)
     max_prompt_length: int | None = None  # tokens of the prompt (half of max_length)
+    # tf32 and bf16 are several times faster on a GPU, and lose what a short DPO learns: a run tells how much
+    precision: Literal["float32", "tf32", "bf16"] = "float32"  # of the matrix products in training
     tokens_per_micro_batch: int = 8192  # tokens of one forward and backward pass; changes rounding only
-    chunk_size: int = 512  # states that output head and loss take at once; changes rounding only
     sampling_batch_size: int = 128  # prompts sampled at once
     gradient_checkpointing: bool = False  # recompute activations in the backward pass, to save memory
     device: str | None = None  # cuda, cuda:1, mps, cpu (the first of cuda, mps, cpu that is there)
-    teacher_device: str | None = None  # device of the two frozen models in the distillation (device)
+    teacher_device: str | None = None  # device of the frozen models (device)
     # evaluation and logs
     eval_pairs: int = 1000  # held-out records for the reward accuracy, at most
     eval_prompts: int = 128  # how many of these prompts every model answers, at most
     judge: str | None = None  # reward model (folder, hub id) that scores the answers; the demo has its truth
-    sample_steps: int = 50  # show a response of the model in training every so many steps
-    save_steps: int = 100  # write a checkpoint every so many steps
+    save_steps: int = 100  # write a checkpoint, and show a sample, every so many steps
+    report_to: Literal["none", "wandb", "trackio"] = "none"  # log there, too; the package must be installed
 
 
-DEMO = dict(
-    dataset="demo", alpha_r=5.0, batch_size=64, max_length=64, max_prompt_length=12, eval_prompts=512,
-    sft_learning_rate=5e-3, dpo_learning_rate=1e-5, distill_learning_rate=1e-3, sft_epochs=4.5,
-    dpo_epochs=2.5, distill_epochs=1.5, sampling_batch_size=256,
-)  # fmt: skip
+DEMO = {
+    "dataset": "demo", "batch_size": 64, "max_length": 48, "max_prompt_length": 12, "eval_prompts": 512,
+    "sft_learning_rate": 1e-2, "dpo_learning_rate": 1e-5, "distill_learning_rate": 1e-3, "sft_epochs": 8.0,
+    "dpo_epochs": 2.5, "sampling_batch_size": 256,
+}  # fmt: skip
 # A run may go on with others of these. Those of speed change rounding, or which responses are drawn.
-FREE_SETTINGS = """output_dir judge save_steps sample_steps tokens_per_micro_batch chunk_size
-    sampling_batch_size gradient_checkpointing device teacher_device""".split()
+FREE_SETTINGS = """output_dir judge save_steps report_to device teacher_device gradient_checkpointing
+    tokens_per_micro_batch sampling_batch_size""".split()
 
 
-class Parser(transformers.HfArgumentParser):
-    """The settings as flags. Its errors are one line, as all others."""
-
-    def error(self, message):
-        raise BadInput(f"{message}; see --help")
-
-
-def parse_args(argv=None) -> Args:
-    """The command line as Args. Raises BadInput for an unknown or malformed flag."""
-    parser = Parser(Args, description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    comments = dict(re.findall(r"^    (\w+): .*  # (.+)$", inspect.getsource(Args), re.MULTILINE))
+def parse_args(argv: list[str] | None = None) -> Args:
+    """The command line as Args. Exits with status 2 for an unknown or malformed flag."""
+    usage, title = "aligndistil.py [--help] [--flag value ...]", __doc__.split("\n\n")[0]
+    parser = transformers.HfArgumentParser(Args, usage=usage, description=title, allow_abbrev=False)
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Args), re.MULTILINE))
     for action in parser._actions:
         action.help = comments.get(action.dest, action.help)
     if parser.parse_known_args(argv)[0].model == "demo":
@@ -213,29 +207,10 @@ def implausible_mass(target_logits: Tensor, dpo_logits: Tensor) -> Tensor:
 def reverse_kl(logits: Tensor, target_logits: Tensor) -> Tensor:
     """KL(π ‖ target) = Σ_v π(v)·(log π(v) − log target(v)), whole vocabulary: (..., V), (..., V) → (...).
 
-    In log-probabilities throughout, so it is finite even where a probability underflows to 0. The gradient by
-    the logits has a closed form, π ⊙ (log π − log target − KL); the target gets none.
+    In log-probabilities throughout, so it is finite even where a probability underflows to 0.
     """
-    return ReverseKL.apply(logits, target_logits)
-
-
-class ReverseKL(torch.autograd.Function):
-    """`reverse_kl`, in half of the passes over the vocabulary that autograd would need."""
-
-    @staticmethod
-    def forward(ctx, logits, target_logits):
-        logps = logits.log_softmax(-1)
-        p = logps.exp()
-        log_ratio = logps.sub_(target_logits.log_softmax(-1))
-        kl = torch.linalg.vecdot(p, log_ratio)
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(log_ratio.sub_(kl.unsqueeze(-1)).mul_(p))
-        return kl
-
-    @staticmethod
-    def backward(ctx, grad):
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad.unsqueeze(-1), None
+    logps = logits.log_softmax(-1)
+    return (logps.exp() * (logps - target_logits.log_softmax(-1))).sum(-1)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -246,7 +221,7 @@ class ReverseKL(torch.autograd.Function):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def sft_batch_loss(lm: LM, batch: Batch, scale: float) -> dict:
+def sft_batch_loss(lm: LM, batch: Batch, scale: float) -> dict[str, Tensor]:
     """Negative log-likelihood: the mean over a response's tokens, summed over responses."""
 
     def chunk_loss(logits, rows):
@@ -256,16 +231,17 @@ def sft_batch_loss(lm: LM, batch: Batch, scale: float) -> dict:
     return backward_in_chunks(lm, lm.hidden(batch), chunk_loss, scale)
 
 
-def dpo_batch_loss(lm: LM, batch: Batch, scale: float, beta: float) -> dict:
+def dpo_batch_loss(lm: LM, batch: Batch, scale: float, beta: float, reference: LM) -> dict[str, Tensor]:
     """Eq. 4, summed over pairs. The batch holds the chosen responses, then the rejected ones in like order.
 
     The loss is no sum over states, but its gradient is: Σ_t (∂L/∂log π(y|x))·∇log π(y_t|s_t). So the head
     runs once for the responses' log-probabilities, and once more for the gradient, weighted by these slopes.
     """
+    ref_logps = response_logps(reference, batch, reference.hidden(batch))
     hidden = lm.hidden(batch)
-    logps = response_sums(state_logps(lm, batch, hidden), batch).requires_grad_()
+    logps = response_logps(lm, batch, hidden).requires_grad_()
     chosen_logps, rejected_logps = logps.chunk(2)
-    ref_chosen_logps, ref_rejected_logps = batch.ref_logps.chunk(2)
+    ref_chosen_logps, ref_rejected_logps = ref_logps.chunk(2)
     losses = dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta)
     (slopes,) = torch.autograd.grad(losses.sum(), logps)
 
@@ -274,15 +250,18 @@ def dpo_batch_loss(lm: LM, batch: Batch, scale: float, beta: float) -> dict:
         return {"loss": (slope * token_logps(logits, batch.targets[rows])).sum()}
 
     backward_in_chunks(lm, hidden, chunk_loss, scale)
-    rewards = implicit_reward(logps.detach(), batch.ref_logps, beta)
-    reward_chosen, reward_rejected = rewards.chunk(2)
-    margin = reward_chosen - reward_rejected
+    with torch.no_grad():
+        chosen_rewards = implicit_reward(chosen_logps, ref_chosen_logps, beta)
+        rejected_rewards = implicit_reward(rejected_logps, ref_rejected_logps, beta)
+        margins = chosen_rewards - rejected_rewards
     return {
-        "loss": losses.sum().detach(),
-        "accuracy": (margin > 0).float().sum(),
-        "margin": margin.sum(),
-        "reward_chosen": reward_chosen.sum(),
-        "reward_rejected": reward_rejected.sum(),
+        "loss": losses.detach().sum(),
+        "rewards/accuracies": (margins > 0).float().sum(),
+        "rewards/margins": margins.sum(),
+        "rewards/chosen": chosen_rewards.sum(),
+        "rewards/rejected": rejected_rewards.sum(),
+        "logps/chosen": chosen_logps.detach().sum(),
+        "logps/rejected": rejected_logps.detach().sum(),
     }
 
 
@@ -301,23 +280,23 @@ class Teacher:
     `load` maps "dpo", "reverse_dpo" or "reference" to an LM; it is called when the teacher is first needed.
     """
 
-    def __init__(self, args: Args, load: Callable):
+    def __init__(self, args: Args, load: Callable[[str], LM]):
         self.args, self.load = args, load
         self.contrastive = args.reward == "contrastive"
         self.base = "reverse_dpo" if self.contrastive else "reference"
         self.reward_name = "reward" if self.contrastive else "reward_dpo"
 
     @functools.cached_property
-    def lms(self) -> dict:
+    def lms(self) -> dict[str, LM]:
         return {"dpo": self.load("dpo"), "base": self.load(self.base)}
 
     @torch.no_grad()
-    def hidden(self, batch: Batch) -> dict:
+    def hidden(self, batch: Batch) -> dict[str, Tensor]:
         """Each model's hidden states, (N, hidden size), on the teacher's device."""
         return {name: lm.hidden(batch) for name, lm in self.lms.items()}
 
     @torch.no_grad()
-    def logits(self, hidden: dict, rows: slice) -> TeacherLogits:
+    def logits(self, hidden: dict[str, Tensor], rows: slice) -> TeacherLogits:
         """The teacher at the states `rows`. No gradient flows through it, nor through α."""
         z = {name: lm.logits(hidden[name][rows]) for name, lm in self.lms.items()}
         if self.args.alpha is None:
@@ -329,13 +308,13 @@ class Teacher:
         return TeacherLogits(z["dpo"], z["base"], target, alpha)
 
 
-def distillation_batch_loss(lm: LM, batch: Batch, scale: float, teacher: Teacher) -> dict:
+def distillation_batch_loss(lm: LM, batch: Batch, scale: float, teacher: Teacher) -> dict[str, Tensor]:
     """Eq. 18 and 19: 1/|y| Σ_t β_t·KL(π_θ ‖ π*), summed over responses.
 
-    Watched, as means over a response's states: α, β_t, the KL to the teacher, in nats a token, and the mass
-    that the teacher gives to implausible tokens. As sums over them: the teacher's reward, β0·Σ_t (log π_dpo −
-    log π_base)(y_t). On the policy's own responses two more come free: −log π_θ(y_t) estimates its entropy,
-    in nats a token, and Σ_t (log π_θ − log π_dpo)(y_t) its KL from π_dpo, in nats a response.
+    Watched, as means over a response's states: the KL to the teacher, in nats a token, the mass that the
+    teacher gives to implausible tokens, α and β_t. As sums over them: the teacher's reward, β0·Σ_t
+    (log π_dpo − log π_base)(y_t). On the policy's own responses two more come free: −log π_θ(y_t) estimates
+    its entropy, in nats a token, and Σ_t (log π_θ − log π_dpo)(y_t) its KL from π_dpo, in nats a response.
     """
     beta, on_policy = teacher.args.beta, not teacher.args.off_policy
     teacher_hidden = teacher.hidden(batch)  # before the policy's own pass: on two devices they overlap
@@ -348,10 +327,10 @@ def distillation_batch_loss(lm: LM, batch: Batch, scale: float, teacher: Teacher
         dpo_logps = token_logps(z.dpo, tokens)
         sums = {
             "loss": (weight * beta_t * kl).sum(),
-            "alpha": (weight * z.alpha).sum(),
-            "beta_t": (weight * beta_t).sum(),
             "kl_teacher": (weight * kl).sum(),
             "implausible": (weight * implausible_mass(z.target, z.dpo)).sum(),
+            "alpha": (weight * z.alpha).sum(),
+            "beta_t": (weight * beta_t).sum(),
             teacher.reward_name: implicit_reward(dpo_logps, token_logps(z.base, tokens), beta).sum(),
         }
         if on_policy:
@@ -376,39 +355,44 @@ def align(args: Args) -> dict:
     """
     run, train_pairs, test_pairs = set_up(args)
     args = run.args  # with every default filled in
+    folders = {"reference": args.model}  # of each model so far
+    chosen = partial(data_responses, keys=["chosen"])
+
+    def frozen(name: str) -> LM:
+        return load_lm(run, folders[name], run.teacher_device)
 
     # π_ref: a base model first learns what responses look like
-    reference = args.model
     if args.sft:
-        reference = train(
-            run, "sft", start=args.model, pairs=train_pairs, examples_of=chosen_responses,
-            loss_of=sft_batch_loss, learning_rate=args.sft_learning_rate, epochs=args.sft_epochs,
+        folders["reference"] = train(
+            run, "sft", start=args.model, pairs=train_pairs, examples_of=chosen, loss_of=sft_batch_loss,
+            learning_rate=args.sft_learning_rate, epochs=args.sft_epochs,
         )  # fmt: skip
 
-    # π_dpo and π_dpo⁻: DPO on the pairs, and on the swapped pairs; one pass of the reference serves both
-    contrastive = args.reward == "contrastive"
-    if not args.dpo or (contrastive and not args.reverse_dpo):
-        train_pairs = add_reference_logps(run, reference, train_pairs)
-    train_dpo = partial(
-        train, run, start=reference, pairs=train_pairs, loss_of=partial(dpo_batch_loss, beta=args.beta),
-        learning_rate=args.dpo_learning_rate, epochs=args.dpo_epochs,
-    )  # fmt: skip
-    folders = {"reference": reference}
-    folders["dpo"] = args.dpo or train_dpo("dpo", examples_of=both_responses)
-    if contrastive:
-        folders["reverse_dpo"] = args.reverse_dpo or train_dpo("reverse_dpo", examples_of=swapped_responses)
+    # π_dpo and π_dpo⁻: DPO on the pairs, and on the swapped pairs
+    def train_dpo(stage: str, keys: list[str]) -> str:
+        return train(
+            run, stage, start=folders["reference"], pairs=train_pairs,
+            examples_of=partial(data_responses, keys=keys),
+            loss_of=partial(dpo_batch_loss, beta=args.beta, reference=frozen("reference")),
+            learning_rate=args.dpo_learning_rate, epochs=args.dpo_epochs,
+        )  # fmt: skip
+
+    folders["dpo"] = args.dpo or train_dpo("dpo", keys=["chosen", "rejected"])
+    if args.reward == "contrastive":
+        folders["reverse_dpo"] = args.reverse_dpo or train_dpo("reverse_dpo", keys=["rejected", "chosen"])
 
     # π_θ: distilled from the extrapolated teacher on its own responses, or on the chosen ones
-    teacher = Teacher(args, lambda name: load_lm(run, folders[name], run.teacher_device))
+    teacher = Teacher(args, frozen)
+    precision = precision_report(run, teacher, train_pairs)
     folders["policy"] = train(
         run, "policy", start=folders[args.init_from], pairs=train_pairs,
-        examples_of=chosen_responses if args.off_policy else own_responses,
-        loss_of=partial(distillation_batch_loss, teacher=teacher), learning_rate=args.distill_learning_rate,
-        epochs=args.distill_epochs,
+        examples_of=chosen if args.off_policy else own_responses,
+        loss_of=partial(distillation_batch_loss, teacher=teacher),
+        learning_rate=args.distill_learning_rate, epochs=args.distill_epochs,
     )  # fmt: skip
 
     del teacher  # its memory is the evaluation's
-    return evaluate(run, folders, test_pairs) if run.rank == 0 else {}
+    return evaluate(run, folders, test_pairs, precision) if run.rank == 0 else {}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -425,153 +409,128 @@ def train(
     """Train a copy of the model `start` (folder or hub id) and return its folder, <output_dir>/<stage>.
 
     `examples_of` says what a step trains on (below), `loss_of` with which loss (section 3). AdamW, linear
-    warm-up then linear decay, gradients clipped to `max_grad_norm`. A finished stage is not repeated; one
-    under way goes on from its last checkpoint. Raises BadInput when a loss, a gradient or a weight is not
-    finite; nothing of that step is kept.
+    warm-up then a cosine, gradients clipped to `max_grad_norm`. A finished stage is not repeated; one under
+    way goes on from its last checkpoint. Raises BadInput, before the update, when a gradient is not finite.
     """
     args, folder = run.args, run.out / stage
     if folder.exists():
         run.say(f"{stage}: finished before, in {folder}")
         return str(folder)
     lm = load_lm(run, start)
-    optimizer = torch.optim.AdamW(lm.model.parameters(), lr=learning_rate, weight_decay=0.0, fused=True)
-    batch_size = min(args.batch_size, len(pairs))
-    steps = math.ceil(epochs * len(pairs) / batch_size)
-    steps = min(steps, args.max_steps or steps)
-    first = load_checkpoint(run, stage, lm.model, optimizer)
-    cut_metrics(run, stage, first)
+    optimizer = torch.optim.AdamW(lm.model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    batches = batches_of(args, len(pairs), epochs)
+    first = resume(run, stage, lm.model, optimizer)
+    torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
 
-    with run.bar(range(first, steps), stage, initial=first, total=steps) as bar:
-        for step in bar:
-            began = time.time()
-            torch.manual_seed(seed_of(args.seed, stage, step, run.rank))
-            rows = rows_of_step(run, pairs, step, batch_size)
-            examples, sums = examples_of(run, lm, rows)
-            sums["tokens"] = sum(len(response) for example in examples for response in example)
-            lm.model.train(args.gradient_checkpointing)  # layers recompute activations in training mode only
-            for _, batch in micro_batches(run, examples):
-                add_up(sums, loss_of(lm, batch, scale=1 / batch_size))
-            lm.model.eval()  # in which sampling has its cache
-            sum_gradients(run, lm.model)
-            grad_norm = torch.nn.utils.clip_grad_norm_(lm.model.parameters(), args.max_grad_norm)
-            rate = learning_rate * warmup_then_decay(step, steps, args.warmup_ratio)
-            optimizer.param_groups[0]["lr"] = rate
-            optimizer.step()
-            optimizer.zero_grad()
+    bar = run.bar(range(first, len(batches)), stage, initial=first, total=len(batches))
+    for step in bar:
+        torch.manual_seed(seed_of(args.seed, stage, step, run.rank))
+        rows = pairs.select(batches[step][run.rank :: run.world]).to_list()
+        examples, sums = examples_of(run, lm, rows)
+        lm.model.train(args.gradient_checkpointing)  # layers recompute activations in training mode only
+        for _, batch in micro_batches(run, examples):
+            add_up(sums, loss_of(lm, batch, scale=1 / len(batches[step])))
+        lm.model.eval()  # in which sampling has its cache
+        grad_norm = gather_gradients(run, lm.model, f"{stage}, step {step + 1}")
+        rate = learning_rate * warmup_then_cosine(step, len(batches), args.warmup_ratio)
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
 
-            line = means_over_ranks(run, sums, batch_size)
-            line["grad_norm"] = grad_norm.item()
-            weight_norm = torch.nn.utils.get_total_norm(list(lm.model.parameters())).item()
-            if not all(map(math.isfinite, [*line.values(), weight_norm])):
-                records = sorted(row["record"] for row in rows)
-                what = f"weights' norm {weight_norm}, {line}; look at them or lower the learning rate"
-                raise BadInput(f"{stage}: not finite at step {step + 1} (records {records}): {what}")
-            bar.set_postfix_str(", ".join(f"{name} {value:.3g}" for name, value in line.items()))
-            line["learning_rate"] = rate
-            line["tokens_per_s"] = round(line["tokens"] * batch_size / (time.time() - began))
-            if run.rank == 0:
-                with open(run.out / "metrics.jsonl", "a") as file:
-                    file.write(json.dumps({"stage": stage, "step": step + 1, **line}) + "\n")
-                if (step + 1) % args.sample_steps == 0:
-                    show_sample(run, lm, rows[len(rows) // 2]["prompt"], f"{stage}, step {step + 1}")
-            if (step + 1) % args.save_steps == 0:
-                save_checkpoint(run, stage, lm.model, optimizer, step + 1)
+        line = means_over_ranks(run, sums, len(batches[step]))
+        run.log(stage, step + 1, line | {"grad_norm": grad_norm, "learning_rate": rate})
+        bar.set_postfix(loss=line["loss"], grad_norm=grad_norm)
+        if (step + 1) % args.save_steps == 0:
+            save_checkpoint(run, stage, lm.model, optimizer, step + 1)
+        if (step + 1) % args.save_steps == 0 or step + 1 == len(batches):
+            (tokens,) = sample(run, lm, [rows[0]["prompt"]])
+            prompt, response = run.tokenizer.batch_decode([rows[0]["prompt"][-20:], tokens[:64]])
+            run.say(f"{stage}, step {step + 1}: {prompt!r} → {response!r}")
     save_model(run, lm.model, folder)
     return str(folder)
 
 
-def show_sample(run: Run, lm: LM, prompt: list, title: str) -> None:
-    """Print a response of the model in training, so that one sees what is being trained."""
-    most = min(64, run.args.max_length - run.args.max_prompt_length)
-    (tokens,) = sample(run, lm, [prompt], most)
-    prompt_text, response = run.tokenizer.batch_decode([prompt, tokens])
-    run.say(f"{title}: {prompt_text[-60:]!r} → {response!r}")
+def batches_of(args: Args, n: int, epochs: float) -> list[list[int]]:
+    """Which of n records each step of a stage takes: a new seeded permutation of 0..n−1 each epoch."""
+    size = min(args.batch_size, n)
+    steps = min(math.ceil(epochs * n / size), args.max_steps or sys.maxsize)
+    order = []
+    for epoch in range(math.ceil(steps * size / n)):
+        generator = torch.Generator().manual_seed(seed_of(args.seed, "order", epoch))
+        order += torch.randperm(n, generator=generator).tolist()
+    return [order[step * size : (step + 1) * size] for step in range(steps)]
 
 
-def warmup_then_decay(step: int, steps: int, warmup_ratio: float) -> float:
-    """The learning rate as a part of its peak: a linear rise over the first steps, then a linear fall."""
+def warmup_then_cosine(step: int, steps: int, warmup_ratio: float) -> float:
+    """The learning rate as a part of its peak: a linear rise, then half a cosine down to a tenth."""
     warmup = math.ceil(warmup_ratio * steps)
     if step < warmup:
         return (step + 1) / warmup
-    return (steps - step) / (steps - warmup)
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
-def rows_of_step(run: Run, pairs, step: int, batch_size: int) -> list:
-    """This rank's records of one step. They are dealt out by length, so that ranks get like shares."""
-    indices = batch_indices(step, len(pairs), batch_size, run.args.seed)
-    rows = pairs.select(indices).to_list()
-    rows.sort(key=lambda row: len(row["prompt"]) + len(row["chosen"]))
-    return rows[run.rank :: run.world]
+def gather_gradients(run: Run, model, where: str) -> float:
+    """Sum the gradients of all processes and clip them; their norm before. Raises BadInput if not finite."""
+    for parameter in model.parameters():
+        if parameter.grad is None:  # the processes must agree on what they sum
+            parameter.grad = torch.zeros_like(parameter)
+        run.total(parameter.grad)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), run.args.max_grad_norm).item()
+    if not math.isfinite(norm):
+        raise BadInput(f"{where}: the gradient is not finite; lower the learning rate")
+    return norm
 
 
-def batch_indices(step: int, n: int, batch_size: int, seed: int) -> list:
-    """Indices of one step's records: consecutive ones of a new seeded permutation of 0..n−1 each epoch."""
-    first, order = step * batch_size, []
-    for epoch in range(first // n, (first + batch_size - 1) // n + 1):
-        generator = torch.Generator().manual_seed(seed_of(seed, "order", epoch))
-        order += torch.randperm(n, generator=generator).tolist()
-    return order[first % n : first % n + batch_size]
+def means_over_ranks(run: Run, sums: dict, n: int) -> dict[str, float]:
+    """Sums of this process → means over the n examples of all processes, as numbers."""
+    values = [torch.as_tensor(value, dtype=torch.float32, device=run.device) for value in sums.values()]
+    return dict(zip(sums, (run.total(torch.stack(values)) / n).tolist()))
 
 
 # What a step trains on. Each maps (run, lm, rows of the data) to examples, which are lists of Responses that
 # stay together, and to a dict of sums over them that are logged.
 
 
-def chosen_responses(run: Run, lm: LM, rows: list) -> tuple[list, dict]:
-    """The data's chosen responses: SFT, and Eq. 19."""
-    return [[Response(row["prompt"], row["chosen"])] for row in rows], {}
+def data_responses(run: Run, lm: LM, rows: list[dict], keys: list[str]) -> tuple[list, dict]:
+    """The data's own responses: the chosen ones (SFT, Eq. 19), or pairs, the one to prefer first (DPO)."""
+    return [[Response(row["prompt"], row[key]) for key in keys] for row in rows], {}
 
 
-def both_responses(run: Run, lm: LM, rows: list) -> tuple[list, dict]:
-    """The pairs, with log π_ref of each response where it is known: DPO."""
-    examples = []
-    for row in rows:
-        chosen = Response(row["prompt"], row["chosen"], row.get("ref_chosen", 0.0))
-        rejected = Response(row["prompt"], row["rejected"], row.get("ref_rejected", 0.0))
-        examples.append([chosen, rejected])
-    return examples, {}
-
-
-def swapped_responses(run: Run, lm: LM, rows: list) -> tuple[list, dict]:
-    """The pairs with chosen and rejected swapped: reverse DPO."""
-    examples, _ = both_responses(run, lm, rows)
-    return [[rejected, chosen] for chosen, rejected in examples], {}
-
-
-def own_responses(run: Run, lm: LM, rows: list) -> tuple[list, dict]:
-    """One response of the policy to each prompt, ŷ ~ π_θ(·|x): Eq. 18. Logged: length, the demo's truth."""
+def own_responses(run: Run, lm: LM, rows: list[dict]) -> tuple[list, dict]:
+    """One response of the policy to each prompt, ŷ ~ π_θ(·|x): Eq. 18. Logged: lengths, the demo's truth."""
     sampled = sample(run, lm, [row["prompt"] for row in rows])
-    examples = [[Response(row["prompt"], tokens)] for row, tokens in zip(rows, sampled)]
-    sums = {"length": sum(map(len, sampled))}
-    for name, values in truth(run, rows, sampled).items():
-        sums[name] = sum(values)
-    return examples, sums
+    clipped = [tokens[-1] not in run.stop_ids for tokens in sampled]
+    sums = {"completions/mean_length": sum(map(len, sampled)), "completions/clipped_ratio": sum(clipped)}
+    sums |= {name: sum(values) for name, values in truth(run, rows, sampled).items()}
+    return [[Response(row["prompt"], tokens)] for row, tokens in zip(rows, sampled)], sums
 
 
 @torch.no_grad()
-def sample(run: Run, lm: LM, prompts: list, most: int | None = None) -> list:
-    """One response to each prompt (lists of ids → lists of ids), drawn from the model's own distribution.
+def sample(run: Run, lm: LM, prompts: list[list[int]]) -> list[list[int]]:
+    """One response to each prompt, as token ids, drawn from the model's own distribution.
 
-    A response keeps its end token; one that the limit of `most` tokens cut has none. Prompts are grouped by
-    length and padded on the left. The random state is torch's global one: seed it to get the same responses.
+    A response keeps its end token; one that the length limit cut has none. Prompts are grouped by length and
+    padded on the left. The random state is torch's global one: seed it to get the same responses.
     """
-    most = most or run.args.max_length - run.args.max_prompt_length
+    args, size = run.args, run.args.sampling_batch_size
     config = transformers.GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=most, eos_token_id=run.stop_ids,
-        pad_token_id=run.tokenizer.pad_token_id,
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=run.stop_ids,
+        pad_token_id=run.tokenizer.pad_token_id, max_new_tokens=args.max_length - args.max_prompt_length,
     )  # fmt: skip
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    outputs = [None] * len(prompts)
-    for start in range(0, len(order), run.args.sampling_batch_size):
-        group = order[start : start + run.args.sampling_batch_size]
-        padded = run.tokenizer.pad(
-            {"input_ids": [prompts[i] for i in group]}, padding_side="left", return_tensors="pt"
-        ).to(lm.model.device)
+    order, outputs = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), {}
+    for start in range(0, len(order), size):
+        group = order[start : start + size]
+        rows = {"input_ids": [prompts[i] for i in group]}
+        padded = run.tokenizer.pad(rows, padding_side="left", return_tensors="pt").to(lm.model.device)
         output = lm.generate(padded.input_ids, padded.attention_mask, config)
-        for i, tokens in zip(group, output[:, padded.input_ids.shape[1] :].tolist()):
-            ends = [t + 1 for t, token in enumerate(tokens) if token in run.stop_ids]
-            outputs[i] = tokens[: ends[0]] if ends else tokens
-    return outputs
+        outputs |= zip(group, output[:, padded.input_ids.shape[1] :].tolist())
+    return [until_stop(outputs[i], run.stop_ids) for i in range(len(prompts))]
+
+
+def until_stop(tokens: list[int], stop_ids: list[int]) -> list[int]:
+    """The tokens up to and including the first one that stops; all of them if there is none."""
+    ends = [t + 1 for t, token in enumerate(tokens) if token in stop_ids]
+    return tokens[: ends[0]] if ends else tokens
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -580,17 +539,15 @@ def sample(run: Run, lm: LM, prompts: list, most: int | None = None) -> list:
 #    the hidden states of the response states alone are kept, and output head and loss go over them in chunks.
 # ------------------------------------------------------------------------------------------------------------
 
+CHUNK_SIZE = 512  # states that output head and loss take at once
+
 
 @dataclass
 class Response:
     """A response and its prompt as token ids. It ends in the end token, unless a length limit cut it."""
 
-    prompt: list  # at least one token
-    tokens: list  # at least one token
-    ref_logps: float = 0.0  # log π_ref(y|x), for DPO
-
-    def __len__(self) -> int:
-        return len(self.prompt) + len(self.tokens)
+    prompt: list[int]  # at least one token
+    tokens: list[int]  # at least one token
 
 
 @dataclass
@@ -607,47 +564,34 @@ class Batch:
     targets: Tensor  # (N,) the response token that each state predicts
     response: Tensor  # (N,) the response that each state belongs to, 0..B−1
     weights: Tensor  # (N,) 1/|y| of that response
-    lengths: Tensor  # (B,) |y|
-    ref_logps: Tensor  # (B,)
 
 
-def collate(examples: list, pad_id: int, device="cpu") -> Batch:
+def collate(examples: list[list[Response]], pad_id: int, device="cpu") -> Batch:
     """[[Response, ...], ...] → Batch: the first response of every example, then the second ones."""
     responses = [response for part in zip(*examples, strict=True) for response in part]
     rows = [torch.tensor(response.prompt + response.tokens) for response in responses]
     input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)
+    lengths = torch.tensor([len(response.tokens) for response in responses])
     states = []
-    for b, response in enumerate(responses):
-        first = b * input_ids.shape[1] + len(response.prompt) - 1
+    for row, response in enumerate(responses):
+        first = row * input_ids.shape[1] + len(response.prompt) - 1
         states += range(first, first + len(response.tokens))
     states = torch.tensor(states)
-    lengths = torch.tensor([len(response.tokens) for response in responses])
     owner = torch.arange(len(responses)).repeat_interleave(lengths)
-    batch = Batch(
-        input_ids=input_ids,
-        states=states,
-        targets=input_ids.flatten()[states + 1],
-        response=owner,
-        weights=(1 / lengths)[owner],
-        lengths=lengths,
-        ref_logps=torch.tensor([response.ref_logps for response in responses]),
-    )
-    if torch.device(device).type == "cuda":  # from pinned memory, or the copies wait for all earlier work
-        batch = Batch(**{name: tensor.pin_memory() for name, tensor in vars(batch).items()})
-    return Batch(**{name: tensor.to(device, non_blocking=True) for name, tensor in vars(batch).items()})
+    tensors = (input_ids, states, input_ids.flatten()[states + 1], owner, 1 / lengths[owner])
+    return Batch(*[tensor.to(device) for tensor in tensors])
 
 
-def micro_batches(run: Run, examples: list):
+def micro_batches(run: Run, examples: list[list[Response]]) -> Iterator[tuple[list[int], Batch]]:
     """Yield (indices of examples, Batch) until every example had its turn.
 
     Examples are sorted by length and cut where a micro-batch would pad to more than `tokens_per_micro_batch`
-    tokens. The responses of one example stay together; one that is longer than that is a micro-batch of its
-    own.
+    tokens. The responses of one example stay together; longer ones are a micro-batch of their own.
     """
-    width = [max(map(len, example)) for example in examples]
-    order = sorted(range(len(examples)), key=lambda i: -width[i])
+    widths = [max(len(x.prompt) + len(x.tokens) for x in example) for example in examples]
+    order = sorted(range(len(examples)), key=widths.__getitem__, reverse=True)
     while order:
-        tokens_each = len(examples[order[0]]) * width[order[0]]  # padded to the longest
+        tokens_each = len(examples[order[0]]) * widths[order[0]]  # padded to the longest
         group = order[: max(1, run.args.tokens_per_micro_batch // tokens_each)]
         yield group, collate([examples[i] for i in group], run.tokenizer.pad_token_id, run.device)
         order = order[len(group) :]
@@ -658,10 +602,11 @@ class LM:
 
     With `head_device` the output head is copied to that device, and hidden states are sent there chunk by
     chunk: a teacher on a device of its own moves hidden-size numbers a state instead of vocabulary-size ones.
+    With `precision` bf16 the matrix products are bfloat16's (autocast); weights and logits stay float32.
     """
 
-    def __init__(self, model, chunk_size: int = 512, head_device=None):
-        self.model, self.chunk_size = model.eval(), chunk_size
+    def __init__(self, model, precision: str = "float32", head_device=None, tokenizer=None):
+        self.model, self.precision, self.tokenizer = model.eval(), precision, tokenizer
         self.head = model.get_output_embeddings()
         if head_device is not None and head_device != self.head.weight.device:
             self.head = copy.deepcopy(self.head).to(head_device)
@@ -670,15 +615,20 @@ class LM:
         self.scale /= getattr(config, "logits_scaling", None) or 1.0
         self.softcap = getattr(config, "final_logit_softcapping", None)
 
+    def autocast(self):
+        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
     def hidden(self, batch: Batch) -> Tensor:
         """The last hidden states of the response states: (N, hidden size)."""
         device = self.model.device
-        output = self.model.base_model(input_ids=batch.input_ids.to(device), use_cache=False)
+        with self.autocast():
+            output = self.model.base_model(input_ids=batch.input_ids.to(device), use_cache=False)
         return output.last_hidden_state.flatten(0, 1).index_select(0, batch.states.to(device))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(n, hidden size) → (n, V), scaled and capped as the model itself does."""
-        logits = self.head(hidden.to(self.head.weight.device, non_blocking=True)).float()
+        """(n, hidden size) → (n, V) in float32, scaled and capped as the model itself does."""
+        with self.autocast():
+            logits = self.head(hidden.to(self.head.weight.device)).float()
         if self.scale != 1:
             logits = logits * self.scale
         if self.softcap is not None:
@@ -688,20 +638,21 @@ class LM:
     def generate(self, input_ids: Tensor, attention_mask: Tensor, config):
         """model.generate() by `config` alone. Prompts (B, T) are padded on the left, where the mask is 0.
 
-        What it leaves unset, generate() would take from the checkpoint's own config: a repetition penalty,
-        say.
+        What it leaves unset, generate() would take from the checkpoint's own: a repetition penalty, say.
         """
         checkpoint_config, self.model.generation_config = self.model.generation_config, config
-        output = self.model.generate(input_ids, attention_mask=attention_mask, generation_config=config)
+        with self.autocast():
+            output = self.model.generate(input_ids, attention_mask=attention_mask, generation_config=config)
         self.model.generation_config = checkpoint_config
         return output
 
-    def chunks(self, hidden: Tensor) -> list:
-        """Slices of at most `chunk_size` states that cover hidden (N, hidden size)."""
-        return [slice(start, start + self.chunk_size) for start in range(0, len(hidden), self.chunk_size)]
+
+def chunks(hidden: Tensor) -> list[slice]:
+    """Slices of at most CHUNK_SIZE states that cover hidden (N, ...)."""
+    return [slice(start, start + CHUNK_SIZE) for start in range(0, len(hidden), CHUNK_SIZE)]
 
 
-def backward_in_chunks(lm: LM, hidden: Tensor, chunk_loss: Callable, scale: float) -> dict:
+def backward_in_chunks(lm: LM, hidden: Tensor, chunk_loss: Callable, scale: float) -> dict[str, Tensor]:
     """The sums of chunk_loss(logits, rows) over all chunks; leaves scale·∇(sum of "loss") in .grad.
 
     A chunk's gradient is taken at once, down to its hidden states (N, hidden size), so that no more than one
@@ -709,7 +660,7 @@ def backward_in_chunks(lm: LM, hidden: Tensor, chunk_loss: Callable, scale: floa
     over states.
     """
     sums, hidden_grad = {}, torch.empty_like(hidden)
-    for rows in lm.chunks(hidden):
+    for rows in chunks(hidden):
         chunk = hidden[rows].detach().requires_grad_()
         values = chunk_loss(lm.logits(chunk), rows)
         (scale * values["loss"]).backward()
@@ -720,15 +671,12 @@ def backward_in_chunks(lm: LM, hidden: Tensor, chunk_loss: Callable, scale: floa
 
 
 @torch.no_grad()
-def state_logps(lm: LM, batch: Batch, hidden: Tensor) -> Tensor:
-    """log π(y_t|s_t) at every response state, (N,), from hidden = lm.hidden(batch). No gradient."""
-    parts = [token_logps(lm.logits(hidden[rows]), batch.targets[rows]) for rows in lm.chunks(hidden)]
-    return torch.cat(parts)
-
-
-def response_sums(values: Tensor, batch: Batch) -> Tensor:
-    """Values of states (N,) → their sums over each response (B,)."""
-    return values.new_zeros(len(batch.lengths)).index_add_(0, batch.response, values)
+def response_logps(lm: LM, batch: Batch, hidden: Tensor) -> Tensor:
+    """log π(y|x) of every response, (B,), from hidden = lm.hidden(batch). No gradient."""
+    logps = batch.weights.new_zeros(len(batch.input_ids))
+    for rows in chunks(hidden):
+        logps.index_add_(0, batch.response[rows], token_logps(lm.logits(hidden[rows]), batch.targets[rows]))
+    return logps
 
 
 def add_up(sums: dict, values: dict) -> None:
@@ -738,224 +686,278 @@ def add_up(sums: dict, values: dict) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 7  Data: from any preference format to token ids.
+# 7  Data: from any preference format to token ids. For a chat model its own template is the only source: a
+#    response is the rendering of the whole conversation minus that of the prompt, up to the first stop token.
 # ------------------------------------------------------------------------------------------------------------
 
 FILE_KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-ASSISTANT = "\n\nAssistant:"
+# What stands in columns of these names is part of the question, or the data are not what they seem.
+UNREAD_COLUMNS = """question instruction query problem input context system system_prompt history documents
+    tools images""".split()
+BEYOND_TEXT = {"tool_calls", "tool_call_id", "reasoning_content", "reasoning", "thinking"}  # of a message
 
 
 def load_pairs(run: Run) -> tuple:
-    """(training pairs, held-out pairs) as the settings say, tokenized. Raises BadInput if either is empty.
+    """(training pairs, held-out pairs), data sets of the rows of `encode_record`.
 
-    A data set of pairs has the columns prompt, chosen and rejected (token ids), record (its number in the
-    source, from 0) and instruction (the prompt as people read it).
+    Without a test split a tenth of the prompts is held out. Raises BadInput if there is nothing to use.
     """
-    args = run.args
-    train_records, test_records = read_records(args)
-    if not test_records:
-        with using(f"--dataset {args.dataset} has no test split, and no tenth of it can be held out"):
-            parts = train_records.train_test_split(test_size=0.1, seed=args.seed)
-        train_records, test_records = parts["train"], parts["test"]
-        run.say(f"{args.dataset} has no test split: a tenth is held out, {len(test_records):,} records")
-    train_pairs = encode(run, train_records, args.limit, use="train")
-    test_pairs = encode(run, test_records, args.eval_pairs, use="evaluate")
-    return train_pairs, test_pairs
+    args, splits = run.args, read_splits(run.args)
+    train_split = args.train_split or ("train_prefs" if "train_prefs" in splits else "train")
+    test_split = args.test_split or train_split.replace("train", "test")
+    if train_split not in splits or args.test_split not in [None, *splits]:
+        raise BadInput(f"--dataset {args.dataset} has only the splits {', '.join(splits)}: see --train_split")
+    train_rows = encode(run, splits[train_split], args.limit)
+    if test_split in splits and test_split != train_split:
+        test_rows = encode(run, splits[test_split], args.eval_pairs)
+    else:
+        prompts = sorted({row["instruction"] for row in train_rows}, key=partial(seed_of, args.seed))
+        held_out = set(prompts[: math.ceil(len(prompts) / 10)])
+        test_rows = [row for row in train_rows if row["instruction"] in held_out][: args.eval_pairs]
+        train_rows = [row for row in train_rows if row["instruction"] not in held_out]
+    run.say(f"{args.dataset}: {len(train_rows):,} pairs to train on, {len(test_rows):,} held out")
+    if not train_rows or not test_rows:
+        raise BadInput(f"--dataset {args.dataset}: too few usable pairs; add pairs, with other prompts")
+    return datasets.Dataset.from_list(train_rows), datasets.Dataset.from_list(test_rows)
 
 
-def read_records(args: Args) -> tuple:
-    """(training records, held-out records or None) of a local file or folder, a hub data set or the demo.
-
-    Of the splits of a hub data set only the two that are needed are fetched: there may be many more.
-    """
+def read_splits(args: Args) -> dict:
+    """The splits by name of a local file or folder, a hub data set or the demo."""
     if args.dataset == "demo":
-        parts = demo_records(8192, args.seed), demo_records(1024, args.seed + 10**6)
-        return tuple(numbered(datasets.Dataset.from_list(records)) for records in parts)
-    name, config = args.dataset, ""
+        return {"train": demo_records(6144, args.seed), "test": demo_records(1024, args.seed + 10**6)}
+    name, config = args.dataset, None
     if not os.path.exists(name):  # an existing path may hold a colon of its own
         name, _, config = name.partition(":")
     kind = FILE_KINDS.get(Path(name.removesuffix(".gz")).suffix.lower())
-    options = {"path": kind or name, "name": config or None}
-    if kind:
-        options["data_files"] = name
+    if os.path.isfile(name) and not kind:
+        raise BadInput(f"--dataset {name}: files that are read end in {', '.join(FILE_KINDS)} (or .gz)")
+    if os.path.isdir(name) and glob.escape(name) != name:
+        raise BadInput(f"--dataset {name}: rename the folder, its name would be taken for a pattern")
+    if Path(name, "state.json").exists() or Path(name, "dataset_dict.json").exists():
+        raise BadInput(f"--dataset {name} was written by save_to_disk: write it with to_parquet or to_json")
+    options = {"data_files": glob.escape(name)} if kind else {}
     if kind == "csv":  # as text, or pandas takes "NA" for a missing value
-        options["converters"] = dict.fromkeys(("prompt", "chosen", "rejected"), str)
-        options["keep_default_na"] = False
-    with using(f"--dataset {args.dataset} cannot be read", f"datasets/{name}"):
-        if not kind and not os.path.exists(name):  # says why, where it cannot be had: gated, private, no hub
-            fetch(name, repo_type="dataset", allow_patterns="README.md")
-        builder = datasets.load_dataset_builder(**options)
-        files = builder.config.data_files  # none on an offline machine, which has what it has in its cache
-        train_split, test_split = choose_splits(args, list(files or builder.info.splits))
-        if files:
-            options["data_files"] = {split: files[split] for split in (train_split, test_split) if split}
-        splits = datasets.load_dataset(**options, verification_mode="no_checks")
-    columns = splits[train_split].column_names
-    if not {"chosen", "rejected"} <= set(columns):
-        raise BadInput(f"--dataset {name} needs columns 'chosen' and 'rejected', it has {columns}")
-    test_records = numbered(splits[test_split]) if test_split else None
-    return numbered(splits[train_split]), test_records
+        options |= {"dtype": str, "keep_default_na": False}
+    with or_refuse(f"--dataset {args.dataset} cannot be read"):
+        return datasets.load_dataset(kind or name, config or None, **options)
 
 
-def numbered(records):
-    """The columns that matter, and `record`, which numbers the records of a source from 0."""
-    columns = [name for name in ("prompt", "chosen", "rejected") if name in records.column_names]
-    return records.select_columns(columns).add_column("record", list(range(len(records))))
+def encode(run: Run, records, limit: int | None) -> list[dict]:
+    """The first `limit` records, tokenized; says how many were cut and left out."""
+    name = run.args.dataset
+    if not {"chosen", "rejected"} <= set(records.column_names):
+        raise BadInput(f"--dataset {name} needs columns chosen and rejected, it has {records.column_names}")
+    records = run.bar(records.take(min(limit or len(records), len(records))), f"reading {name}")
+    rows = [encode_record(run, record, number) for number, record in enumerate(records)]
+    usable = [row for row in rows if row["chosen"] != row["rejected"]]
+    left_out = f"{len(rows) - len(usable)} left out (empty or identical responses, different prompts)"
+    run.say(f"{name}: of {len(rows):,} pairs {sum(row['cut'] for row in usable)} are cut, {left_out}")
+    return usable
 
 
-def choose_splits(args: Args, names: list) -> tuple:
-    """(training split, held-out split or None) of those there are. Raises BadInput for one that is not."""
-    train_split, test_split = args.train_split, args.test_split
-    if not train_split:
-        train_split = "train_prefs" if "train_prefs" in names else "train"
-    if not test_split:
-        usual = [name for name in ("test_prefs", "test") if name in names and name != train_split]
-        test_split = usual[0] if usual else None
-    for flag, split in (("train_split", train_split), ("test_split", test_split)):
-        if split and split not in names:
-            raise BadInput(f"--{flag} {split}: {args.dataset} has only {', '.join(names)}; name one of these")
-    return train_split, test_split
-
-
-def encode(run: Run, records, most: int | None, use: str):
-    """Tokenize the first `most` records; leave out pairs of no use, cut long ones, and say how many."""
-    options = {"keep_in_memory": True, "load_from_cache_file": False}
-    records = records.select(range(len(records))[:most])
-    pairs = records.map(partial(render, run), desc="reading", **options)
-    if records:
-        pairs = pairs.map(partial(tokenize, run), batched=True, desc="tokenizing", **options)
-        pairs = pairs.select([i for i, usable in enumerate(pairs["usable"]) if usable])
-    if len(pairs) == 0:
-        raise BadInput(f"--dataset {run.args.dataset}: no usable pair to {use} on; add pairs")
-    run.say(
-        f"{run.args.dataset}: {len(pairs):,} pairs to {use} on, {sum(pairs['cut'])} of them cut; left out "
-        f"{len(records) - len(pairs)} with an empty response, identical responses or different prompts"
-    )
-    return pairs.remove_columns(["usable", "cut", "text"])
-
-
-def render(run: Run, record: dict) -> dict:
-    """A record → the texts to tokenize. Raises BadInput naming its place."""
+def encode_record(run: Run, record: dict, number: int) -> dict:
+    """A record, the `number`th of its source → a row: prompt, chosen and rejected as token ids, whether they
+    are cut, and the instruction as people read it. A pair of no use has two empty responses. Raises BadInput
+    naming the record's place."""
+    row = {"record": number, "prompt": [], "chosen": [], "rejected": [], "cut": False}
     try:
         prompt, chosen, rejected = split_record(record)
-        text = render_prompt(prompt, chosen, run.tokenizer)
+        row["instruction"] = prompt if isinstance(prompt, str) else "\n\n".join(x["content"] for x in prompt)
+        check_columns(record, row["instruction"])
+        if chosen["content"].strip() and rejected["content"].strip():
+            texts_of = run.chat.texts_of if run.chat else partial(plain_texts, end=run.tokenizer.eos_token)
+            row |= token_ids(run, *texts_of(prompt, chosen, rejected))
+        return row
     except Exception as error:  # ours, or whatever the model's chat template raises
-        place = f"{run.args.dataset}, record {record['record']} (the first is 0)"
-        raise BadInput(f"{place}: {one_line(error)}; mend or remove it") from error
-    if isinstance(prompt, list):
-        prompt = "\n\n".join(message["content"] for message in prompt)
-    usable = bool(chosen.strip() and rejected.strip())
-    return {"instruction": prompt, "text": text, "chosen": chosen, "rejected": rejected, "usable": usable}
+        place = f"{run.args.dataset}, record {number} (the first is 0)"
+        raise BadInput(f"{place}: {one_line(error)}; fix or remove it") from error
 
 
-def tokenize(run: Run, columns: dict) -> dict:
-    """Texts → ids. Prompt and responses apart, so that no merge crosses the boundary.
+def token_ids(run: Run, prompt: str, chosen: str, rejected: str) -> dict:
+    """The texts of a pair → token ids, cut to the lengths: a response loses its end, a prompt its beginning,
+    but for what begins every text of the model. Raises ValueError for a response without an end token."""
+    args, tokenizer = run.args, run.tokenizer
+    whole = run.first_ids + tokenizer(prompt, add_special_tokens=False).input_ids
+    whole = whole or run.stop_ids[:1]  # an empty prompt still needs a state to predict from
+    begin = [i for i in whole[:2] if i in (*run.first_ids, tokenizer.bos_token_id)]
+    room = args.max_prompt_length - len(begin)
+    ids = begin + whole[len(whole) - room :] if len(whole) > args.max_prompt_length else whole
+    row = {"prompt": ids, "cut": ids != whole}
+    for name, text in (("chosen", chosen), ("rejected", rejected)):
+        response = until_stop(response_ids(tokenizer, prompt, text), run.stop_ids)
+        if response[-1] not in run.stop_ids:
+            raise ValueError("the chat template writes no end token after this answer")
+        row[name] = response[: args.max_length - len(ids)]
+        row["cut"] |= row[name] != response
+    return row
 
-    A prompt that is too long loses its beginning, a response its end.
+
+def response_ids(tokenizer, prompt: str, response: str) -> list[int]:
+    """The ids of a response as they follow its prompt's.
+
+    Where a merge would cross the boundary, the prompt's ids are no beginning of the whole's; then another
+    text stands before: tokenizers like SentencePiece's put a space before a text that stands alone.
     """
-    args, stop = run.args, run.stop_ids[:1]
-    found = {"prompt": [], "chosen": [], "rejected": [], "usable": [], "cut": []}
-    texts = (columns["text"], columns["chosen"], columns["rejected"])
-    ids = [run.tokenizer(column, add_special_tokens=False).input_ids for column in texts]
-    most = args.max_prompt_length - len(run.first_ids)
-    for prompt, chosen, rejected, usable in zip(*ids, columns["usable"]):
-        start = run.first_ids + prompt[max(0, len(prompt) - most) :]
-        if not start:  # an empty prompt still needs a state to predict from
-            start = stop
-        room = args.max_length - len(start)
-        chosen, rejected = chosen + stop, rejected + stop
-        found["cut"].append(len(prompt) > most or max(len(chosen), len(rejected)) > room)
-        chosen, rejected = chosen[:room], rejected[:room]
-        found["prompt"].append(start)
-        found["chosen"].append(chosen)
-        found["rejected"].append(rejected)
-        found["usable"].append(usable and chosen != rejected)
-    return found
+    for before in (prompt, "\n", ":", "a", ""):
+        start = tokenizer(before, add_special_tokens=False).input_ids
+        whole = tokenizer(before + response, add_special_tokens=False).input_ids
+        if whole[: len(start)] == start:
+            return whole[len(start) :]
 
 
 def split_record(record: dict) -> tuple:
-    """A record of any of TRL's preference formats, or of hh-rlhf → (prompt, chosen text, rejected text).
+    """A record of any of TRL's preference formats, or of hh-rlhf → (prompt, chosen, rejected answer).
 
-    The prompt is text, or a list of {"role", "content"} messages. The rejected text is "" if the two
-    conversations have not the same prompt. Raises ValueError for a record in none of the formats.
+    The prompt is text, or a list of messages, which may end with the beginning of the answer. An answer is a
+    message; the rejected one is empty if the two conversations have not the same prompt. Raises ValueError
+    for a record in none of the formats.
     """
-    prompt, chosen, rejected = (checked(record, key) for key in ("prompt", "chosen", "rejected"))
-    if type(chosen) is not type(rejected):
-        raise ValueError("one of 'chosen' and 'rejected' is text and the other a conversation")
-    if prompt is None and isinstance(chosen, str) and chosen.startswith("\n\nHuman:") and ASSISTANT in chosen:
+    prompt, chosen, rejected = (read_field(record, key) for key in ("prompt", "chosen", "rejected"))
+    if chosen is None or type(chosen) is not type(rejected):
+        raise ValueError("'chosen' and 'rejected' must be two texts or two conversations")
+    if prompt is None and messages_of(chosen):
         chosen, rejected = messages_of(chosen), messages_of(rejected)
+    elif messages_of(prompt):
+        prompt, chosen, rejected = messages_of(prompt), chosen.strip(), rejected.strip()
     if isinstance(chosen, list):
-        if not chosen or not rejected:
-            raise ValueError("'chosen' or 'rejected' is a conversation without messages")
-        before, answer, other = chosen[:-1], chosen[-1]["content"], rejected[-1]["content"]
-        if before != rejected[:-1]:
-            other = ""
-        if isinstance(prompt, list):
-            repeated = before[: len(prompt)] == prompt
-        else:
-            repeated = len(before) > 0 and before[0]["role"] != "assistant"
-            prompt = [{"role": "user", "content": prompt}] if prompt else []
-        return (before if repeated else prompt + before), answer, other
+        return split_conversations(prompt, chosen, rejected)
     if prompt is None:  # implicit: the longest common prefix, cut back to a word boundary
         prompt = os.path.commonprefix([chosen, rejected])
         if not all(text[len(prompt) :][:1].strip() == "" for text in (chosen, rejected)):
             prompt = re.match(r"(.*(?=\s))?", prompt, re.DOTALL)[0]
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]  # "" if one begins the other
-    return prompt, chosen, rejected
+    return prompt, {"role": "assistant", "content": chosen}, {"role": "assistant", "content": rejected}
 
 
-def checked(record: dict, key: str):
-    """A field: text, or a list of messages, of which role and content are kept; a prompt may be None."""
+def split_conversations(prompt, chosen: list[dict], rejected: list[dict]) -> tuple:
+    """`split_record` where the answers are conversations, which may repeat the prompt."""
+    if not (chosen and rejected) or {chosen[-1]["role"], rejected[-1]["role"]} != {"assistant"}:
+        raise ValueError("'chosen' or 'rejected' does not end with a message of the assistant")
+    before, answer, other = chosen[:-1], chosen[-1], rejected[-1]
+    if before != rejected[:-1]:
+        other = {"role": "assistant", "content": ""}
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if prompt and any(message not in before for message in prompt):
+        if any(message["role"] == "user" for message in before):
+            raise ValueError("'prompt' is not in the conversation of 'chosen', which has another question")
+        before = prompt + before
+    if not before:
+        raise ValueError("there is no message before the answer")
+    return before, answer, other
+
+
+def read_field(record: dict, key: str):
+    """A field: text, or a list of messages with their content as text; None if it is missing.
+
+    Keys of a message that only other records have, which are null, are left out.
+    """
     value = record.get(key)
-    if value is None and key != "prompt":
-        raise ValueError(f"field '{key}' is missing")
     if value is None or isinstance(value, str):
         return value
+    messages = []
     try:
-        return [{"role": message["role"] + "", "content": message["content"] + ""} for message in value]
-    except (TypeError, KeyError):
-        raise ValueError(f"field '{key}' is neither text nor messages with role and content") from None
+        for message in value:
+            content = message["content"] or ""
+            if not isinstance(content, str):  # parts, of which only {"type": "text", "text": ...} has text
+                content = "".join({"text": part["text"]}[part["type"]] for part in content)
+            present = {name: x for name, x in message.items() if x is not None}
+            messages.append({**present, "role": message["role"] + "", "content": content})
+    except (TypeError, KeyError, AttributeError):
+        raise ValueError(f"field '{key}' is neither text nor messages with a role and text") from None
+    return messages
 
 
-def messages_of(transcript: str) -> list:
-    """A transcript like hh-rlhf's, "\\n\\nHuman: … \\n\\nAssistant: …", as messages; the last one answers."""
-    before, _, answer = transcript.rpartition(ASSISTANT)
-    parts = re.split(r"\n\n(Human|Assistant):", before)
-    roles = {"Human": "user", "Assistant": "assistant"}
-    turns = [{"role": roles[who], "content": text.strip()} for who, text in zip(parts[1::2], parts[2::2])]
-    return [*turns, {"role": "assistant", "content": answer.strip()}]
+def check_columns(record: dict, question: str) -> None:
+    """Raise ValueError if a part of the question stands in a column that is not read."""
+    for name in UNREAD_COLUMNS:
+        if record.get(name) and str(record[name]).strip() not in question:
+            raise ValueError(f"column '{name}' is not read: make it a part of 'prompt'")
+    if not question and record.get("prompt") is None and len(record) > 2:
+        raise ValueError(f"no question: rename its column to 'prompt' (there are {', '.join(record)})")
 
 
-def render_prompt(prompt, response: str, tokenizer) -> str:
-    """The text before the response: by the model's chat template, or a plain one for a base model."""
-    if tokenizer.chat_template:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+def messages_of(transcript) -> list[dict]:
+    """A transcript like hh-rlhf's, "\\n\\nHuman: … \\n\\nAssistant: …", as messages; none of anything else."""
+    messages = []
+    if isinstance(transcript, str) and transcript.startswith("\n\nHuman:"):
+        for turn in re.split(r"\n\n(?=Human:|Assistant:)", transcript)[1:]:
+            who, _, text = turn.partition(":")
+            messages.append({"role": "user" if who == "Human" else "assistant", "content": text.strip()})
+    return messages
+
+
+def plain_texts(prompt, chosen: dict, rejected: dict, end: str) -> list[str]:
+    """Prompt, chosen and rejected response as texts where no chat template writes them."""
     if isinstance(prompt, list):
-        turns = [f"{message['role'].capitalize()}:\n{message['content']}\n\n" for message in prompt]
-        return "".join(turns) + "Assistant:\n"
-    if prompt and not prompt[-1].isspace() and not response[:1].isspace():
-        return prompt + "\n"
-    return prompt
+        if any(BEYOND_TEXT & set(message) for message in [*prompt, chosen, rejected]):
+            raise ValueError("a message holds more than text, which needs a model with a chat template")
+        turns = [f"{message['role'].capitalize()}:\n{message['content']}" for message in prompt]
+        begun = prompt[-1]["role"] == "assistant"
+        prompt = "\n\n".join(turns if begun else [*turns, "Assistant:\n"])
+    elif prompt and not prompt[-1].isspace() and not chosen["content"][:1].isspace():
+        prompt += "\n"
+    return [prompt, chosen["content"] + end, rejected["content"] + end]
 
 
-def stop_tokens(tokenizer, generation_config) -> list:
-    """The ids that end a response. The first is trained on: what the chat template puts after an answer,
-    or end-of-sequence. The others stop sampling too: end-of-sequence, and what the checkpoint names."""
-    ids = []
-    if tokenizer.chat_template:
-        talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "zebra"}]
-        after = tokenizer.apply_chat_template(talk, tokenize=False).rpartition("zebra")[2]
-        after_ids = tokenizer(after, add_special_tokens=False).input_ids
-        added = tokenizer.added_tokens_decoder
-        ids = [i for i in after_ids if i in added and added[i].special][:1]
-    named = generation_config.eos_token_id
-    ids += [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
-    return [i for i in dict.fromkeys(ids) if i is not None]
+same_day = datetime.datetime(2025, 1, 1).strftime  # for templates that write the date
+
+
+class ChatTemplate:
+    """A model's own chat template, and what one short conversation tells about it.
+
+    `header`: what it writes before an answer, but not as a generation prompt. `surplus`: how many characters
+    of its generation prompt do not stand before an answer (R1's "<think>"). `end_id`: the token that ends an
+    answer. Raises ValueError for a template that cannot be used.
+    """
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        question, answer = {"role": "user", "content": "giraffe"}, {"role": "assistant", "content": "zebra"}
+        prompt = self.render([question], add_generation_prompt=True)
+        whole = self.render([question, answer])
+        shared = os.path.commonprefix([prompt, whole])
+        if "giraffe" not in shared or "zebra" not in whole:
+            raise ValueError("it does not write a message's text as it is")
+        self.surplus, self.header = len(prompt) - len(shared), ""
+        if prompt == self.render([question]):
+            self.header = whole[len(shared) : whole.index("zebra")].rstrip(" ")
+        after = tokenizer(whole.rpartition("zebra")[2], add_special_tokens=False).input_ids
+        ends = [i for i in after if i in tokenizer.added_tokens_decoder or i == tokenizer.eos_token_id]
+        if not ends:
+            raise ValueError("it writes no end token after an answer")
+        self.end_id = ends[0]
+
+    def render(self, messages: list[dict], **options) -> str:
+        """Messages as the template writes them, always on the same day: a run goes on tomorrow."""
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, strftime_now=same_day, **options)
+
+    def texts_of(self, prompt, chosen: dict, rejected: dict) -> list[str]:
+        """Prompt, chosen and rejected response as texts: a response is the whole minus the prompt."""
+        if isinstance(prompt, str):
+            if self.tokenizer.decode(self.end_id) in prompt:
+                raise ValueError("'prompt' is in the chat template already: give the question alone")
+            prompt = [{"role": "user", "content": prompt}]
+        begun = ""
+        if prompt[-1]["role"] == "assistant":  # the answer's beginning, which the responses continue
+            prompt, begun = prompt[:-1], prompt[-1]["content"]
+        text = self.render(prompt, add_generation_prompt=True)
+        text = text[: len(text) - self.surplus] + self.header + begun
+        for message in prompt:
+            if message["role"] not in ("assistant", "tool") and message["content"].strip() not in text:
+                raise ValueError(f"the chat template leaves out a message with role '{message['role']}'")
+        texts = [text]
+        for answer in (chosen, rejected):
+            whole = self.render([*prompt, answer | {"content": begun + answer["content"]}])
+            if not whole.startswith(text):
+                raise ValueError("the chat template writes the prompt in another way when the answer follows")
+            texts.append(whole[len(text) :])
+        return texts
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 8  The demo world: reviews in plain English whose true token rewards are known.
+# 8  The demo world: reviews in plain English, "the bed was superb but the staff was not good .", whose true
+#    reward is known.
 # ------------------------------------------------------------------------------------------------------------
 
 THINGS = {
@@ -968,140 +970,65 @@ VALENCE = {
     "superb": 2, "lovely": 2, "good": 1, "nice": 1, "pleasant": 1, "solid": 1, "fine": 0.5,
     "plain": -0.5, "bad": -1, "dull": -1, "poor": -1, "weak": -1, "awful": -2, "dreadful": -2,
 }  # fmt: skip
-KINDS = {
-    "opinion": list(VALENCE),
-    "part": sorted(set(" ".join(THINGS.values()).split())),
-    "booster": ["very", "really", "truly"],
-    "join": ["and", "but", ","],
-}
-KIND_OF = {word: kind for kind, words in KINDS.items() for word in words}  # other words are their own kind
-GRAMMAR = {  # state: {the kinds of words that may follow: the state that each leads to}
-    "start": {"the": "the"},
-    "the": {"part": "part"},
-    "part": {"was": "was"},
-    "was": {"not": "not", "booster": "booster", "opinion": "opinion"},
-    "not": {"booster": "booster", "opinion": "opinion"},
-    "booster": {"opinion": "opinion"},
-    "opinion": {"join": "join", ".": "."},
-    "join": {"the": "the"},
-    ".": {"overall": "overall"},
-    "overall": {"it": "it"},
-    "it": {"was": "it was"},
-    "it was": {"not": "it was not", "booster": "it was booster", "opinion": "verdict"},
-    "it was not": {"booster": "it was booster", "opinion": "verdict"},
-    "it was booster": {"opinion": "verdict"},
-    "verdict": {".": "end"},
-    "end": {"<end>": "end"},
-}
-SHARES = {"not": 0.5, "booster": 0.15, "opinion": 0.35, "join": 0.6, ".": 0.4}  # where a state has a choice
+JOINS = ["and", "but", ","]
 ASKING = ["write a review of the {} .", "how was the {} ?", "what did you think of the {} ?"]
-DEMO_WORDS = sorted({*" ".join(ASKING).split(), *THINGS, *KIND_OF, "not", "was", "overall", "it"} - {"{}"})
-BROKEN = -2.0
-
-
-class Word(NamedTuple):
-    """What the truth says about a word: its reward, and whether it may stand where it stands."""
-
-    reward: float
-    fits: bool
-
-
-def judge_words(prompt: str, review: str) -> list:
-    """A Word for every word of a review, and one for its end, by the grammar that the data is drawn from.
-
-    An opinion earns its valence: "superb" 2; by half more with a booster, but 2 at most; "not" turns its
-    sign. Any word that cannot stand where it stands has −2, as the worst opinion has: one that the grammar
-    does not have there, a part of another thing than the prompt asks about, a part that was judged before, an
-    end in the middle. All other words have 0.
-    """
-    (thing,) = [word for word in prompt.split() if word in THINGS]
-    state, parts_left, judged = "start", THINGS[thing].split(), []
-    strength, sign = 1.0, 1.0
-    for word in [*review.split(), "<end>"]:
-        kind = KIND_OF.get(word, word)
-        fits = kind in GRAMMAR[state] and (kind != "part" or word in parts_left)
-        reward = 0.0 if fits else BROKEN
-        if kind == "was":
-            strength, sign = 1.0, 1.0
-        elif kind == "not":
-            sign = -1.0
-        elif kind == "booster":
-            strength = 1.5
-        elif kind == "part" and fits:
-            parts_left.remove(word)
-        elif kind == "opinion" and fits:
-            reward = sign * max(-2.0, min(2.0, strength * VALENCE[word]))
-        judged.append(Word(reward, fits))
-        state = GRAMMAR[state].get(kind, state)  # after a word out of place the same may follow as before
-    return judged
+DEMO_TEXT = " ".join([*ASKING, *THINGS, *THINGS.values(), *VALENCE, *JOINS, "not"])
+DEMO_WORDS = sorted(set(DEMO_TEXT.split()) - {"{}"})
+BROKEN = -2.0  # as the worst opinion
 
 
 def well_formed(prompt: str, review: str) -> bool:
-    """Whether the grammar could have written it."""
-    return all(word.fits for word in judge_words(prompt, review))
+    """Whether it is a review of what the prompt asks about: one to four opinions on the thing's own parts."""
+    (thing,) = set(prompt.split()) & set(THINGS)
+    opinion = f"the ({'|'.join(THINGS[thing].split())}) was (not )?({'|'.join(VALENCE)})"
+    return bool(re.fullmatch(rf"{opinion}( ({'|'.join(JOINS)}) {opinion}){{0,3}} \.", review))
 
 
 def true_reward(prompt: str, review: str) -> float:
-    """The mean over a review's opinions, in [-2, 2], so length earns nothing; -2 if it is not well-formed."""
-    words = judge_words(prompt, review)
-    if not all(word.fits for word in words):
+    """The mean over a review's opinions, in [-2, 2], so length earns nothing; -2 if it is not well-formed.
+
+    An opinion earns its valence: "superb" 2; "not" turns its sign.
+    """
+    if not well_formed(prompt, review):
         return BROKEN
-    rewards = [word.reward for word in words if word.reward]
-    return sum(rewards) / len(rewards)
+    opinions = re.findall(r"was (not )?(\w+)", review)
+    return sum(VALENCE[word] * (-1 if negation else 1) for negation, word in opinions) / len(opinions)
 
 
-def truth(run: Run, rows: list, sampled: list) -> dict:
+def truth(run: Run, rows: list[dict], sampled: list[list[int]]) -> dict[str, list]:
     """The truth about sampled responses to the rows' prompts, a list each; nothing but the demo has it."""
     if run.args.dataset != "demo":
         return {}
     prompts = [row["instruction"] for row in rows]
-    reviews = run.tokenizer.batch_decode(sampled, skip_special_tokens=True)
-    return {
-        "true_reward": list(map(true_reward, prompts, reviews)),
-        "well_formed": list(map(well_formed, prompts, reviews)),
-    }
+    reviews = [text.removesuffix(" <eos>") for text in run.tokenizer.batch_decode(sampled)]
+    judges = {"true_reward": true_reward, "well_formed": well_formed}
+    return {name: list(map(judge, prompts, reviews)) for name, judge in judges.items()}
 
 
-def demo_records(n: int, seed: int) -> list:
+def demo_review(generator: random.Random, thing: str) -> str:
+    """A review by somebody who liked nearly all or nearly nothing; "not" stands before a third of opinions."""
+    mood, review = generator.betavariate(0.1, 0.1), ""
+    for part in generator.sample(THINGS[thing].split(), generator.randint(1, 4)):
+        good, negated = generator.random() < mood, generator.random() < 0.35
+        opinion = generator.choice([word for word in VALENCE if (VALENCE[word] > 0) == (good != negated)])
+        join = f" {generator.choice(JOINS)} " if review else ""
+        review += f"{join}the {part} was {'not ' if negated else ''}{opinion}"
+    return review + " ."
+
+
+def demo_records(n: int, seed: int):
     """n preference pairs of the demo world; which response is chosen is drawn by Bradley–Terry (Eq. 1)."""
     generator = random.Random(seed)
-
-    def draw_review(thing):
-        """A walk through the grammar. Opinions agree with the reviewer's mood, more or less."""
-        mood, state, parts_left, words = generator.random(), "start", THINGS[thing].split(), []
-        generator.shuffle(parts_left)
-        while state != "end":
-            kinds = [kind for kind in GRAMMAR[state] if kind != "join" or parts_left]
-            (kind,) = generator.choices(kinds, [SHARES.get(kind, 1.0) for kind in kinds])
-            if kind == "part":
-                word = parts_left.pop()
-            elif kind == "opinion":
-                good = generator.random() < mood
-                word = generator.choice([word for word in VALENCE if (VALENCE[word] > 0) == good])
-            else:
-                word = generator.choice(KINDS.get(kind, [kind]))
-            words.append(word)
-            state = GRAMMAR[state][kind]
-        return " ".join(words)
-
-    def draw_mixed_review(prompt, thing):
-        """A review in which something is good and something bad."""
-        while True:
-            review = draw_review(thing)
-            rewards = [word.reward for word in judge_words(prompt, review)]
-            if min(rewards) < 0 < max(rewards):
-                return review
-
     records = []
     for _ in range(n):
         thing = generator.choice(list(THINGS))
         prompt = generator.choice(ASKING).format(thing)
-        chosen, rejected = draw_mixed_review(prompt, thing), draw_mixed_review(prompt, thing)
+        chosen, rejected = demo_review(generator, thing), demo_review(generator, thing)
         gap = true_reward(prompt, chosen) - true_reward(prompt, rejected)
         if generator.random() > 1 / (1 + math.exp(-4 * gap)):
             chosen, rejected = rejected, chosen
         records.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
-    return records
+    return datasets.Dataset.from_list(records)
 
 
 def demo_tokenizer():
@@ -1109,348 +1036,284 @@ def demo_tokenizer():
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *DEMO_WORDS])}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special
-    )
+        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, pad_token="<pad>", eos_token="<eos>",
+        unk_token="<unk>",
+    )  # fmt: skip
 
 
 def demo_model(seed: int):
-    """A two-layer GPT-2 with random weights, about 0.1M parameters."""
+    """A two-layer Llama with random weights, 0.09M parameters."""
     torch.manual_seed(seed)
-    shape = {"vocab_size": len(DEMO_WORDS) + 3, "n_positions": 64, "n_embd": 64, "n_layer": 2, "n_head": 4}
-    config = transformers.GPT2Config(**shape, bos_token_id=1, eos_token_id=1, tie_word_embeddings=False)
-    return transformers.GPT2LMHeadModel(without_dropout(config))
+    config = transformers.LlamaConfig(
+        vocab_size=len(DEMO_WORDS) + 3, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=1,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 9  The reference's log-probabilities; evaluation and report, on one process.
+# 9  Evaluation, on one process and always in float32: tables of log π(y), a row a response, a column a model.
+#    Reward, KL from π_ref, entropy and accuracy are their differences.
 # ------------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def pair_logps(run: Run, lm: LM, pairs, title: str) -> Tensor:
-    """log π of the chosen and of the rejected response of every pair: (n, 2), float32."""
-    logps = torch.zeros(len(pairs), 2, device=run.device)
-    for start in run.bar(range(0, len(pairs), 64), title, leave=False):
-        rows = pairs.select(range(start, min(start + 64, len(pairs)))).to_list()
-        examples, _ = both_responses(run, lm, rows)
-        for group, batch in micro_batches(run, examples):
-            sums = response_sums(state_logps(lm, batch, lm.hidden(batch)), batch)
-            logps[[start + i for i in group]] = sums.view(2, -1).T
-    return logps
-
-
-def add_reference_logps(run: Run, reference: str, pairs):
-    """The pairs with columns ref_chosen and ref_rejected: log π_ref(y|x), computed once and kept in a file.
-
-    The file is named by the reference's weights and the data, so that another reference never meets old
-    values.
-    """
-    lm = load_lm(run, reference)
-    path = run.out / f"reference_logps-{fingerprint(pairs, lm.model):08x}.pt"
-    if path.exists():
-        logps = torch.load(path, weights_only=True)
-    else:
-        mine = slice(run.rank, None, run.world)
-        logps = torch.zeros(len(pairs), 2, device=run.device)
-        logps[mine] = pair_logps(run, lm, pairs.select(range(len(pairs))[mine]), "reference logps")
-        logps = run.total(logps).cpu()
-        if run.rank == 0:
-            with written_aside(path) as aside:
-                torch.save(logps, aside)
-    pairs = pairs.add_column("ref_chosen", logps[:, 0].tolist())
-    return pairs.add_column("ref_rejected", logps[:, 1].tolist())
-
-
-def evaluate(run: Run, folders: dict, test_pairs) -> dict:
+def evaluate(run: Run, folders: dict[str, str], test_pairs, precision: dict) -> dict:
     """Compare π_ref, π_dpo, π_dpo⁻ (if there is one) and the policy; write and print what is found.
 
-    `models` holds means over each model's own responses to held-out prompts (see `sample_and_score`), and how
-    many of these are distinct. The judge is the demo's truth or --judge: its mean score and the win rate
-    against π_ref's responses, with half of a 95 % interval (`_pm`). `reward_accuracy`: see there.
+    `models`: means over each model's own responses to held-out prompts, and half of a 95 % interval (`_pm`).
+    The teacher's reward of a response; `kl_ref`, log π(y) − log π_ref(y), in nats a response; `entropy`,
+    −log π(y)/|y|, in nats a token; length in tokens, and the share that the limit clipped; the demo's truth
+    or the judge's score, and the win rate against π_ref by it. `reward_accuracy`: the share of held-out pairs
+    in which log π_dpo/π_ref (dpo), log π_ref/π_dpo⁻ (reverse) and their sum (contrastive) prefer the chosen
+    response.
     """
-    path = run.out / "results.json"
+    args, path = run.args, run.out / "results.json"
     if path.exists():
         run.say(f"evaluation: finished before; to repeat it, delete {path}")
         return json.loads(path.read_text(encoding="utf-8"))
-    lms = {name: load_lm(run, folder) for name, folder in folders.items()}
-    rows = test_pairs.select(range(len(test_pairs))[: run.args.eval_prompts]).to_list()
-    samples = pd.concat([sample_and_score(run, lms, name, rows) for name in lms])
-    judge = "true_reward"
-    if run.judge:
-        judge = "judge"
-        samples[judge] = judge_scores(run, samples)
+    torch.set_float32_matmul_precision("highest")
+    lms = {name: load_lm(run, folder, precision="float32") for name, folder in folders.items()}
+    rows = test_pairs.take(min(args.eval_prompts, len(test_pairs))).to_list()
+    samples = pd.concat([own_samples(run, lms, name, rows) for name in lms], ignore_index=True)
+    judge = "judge" if args.judge else "true_reward"
+    if args.judge:
+        samples["judge"] = judge_scores(run, samples["instruction"], samples["output"])
     if judge in samples:
-        of_reference = samples[judge].tolist()[: len(rows)] * len(lms)
-        samples["win_rate"] = (samples[judge] > of_reference) + 0.5 * (samples[judge] == of_reference)
+        gap = samples[judge] - samples[judge].tolist()[: len(rows)] * len(lms)  # the reference's come first
+        samples["win_rate"] = (gap > 0) + 0.5 * (gap == 0)
     groups = samples.groupby("generator", sort=False)
-    models = groups.mean(numeric_only=True)
+    half_intervals = 1.96 * groups.sem(numeric_only=True)
+    models = groups.mean(numeric_only=True).join(half_intervals.add_suffix("_pm"))
     models["distinct"] = groups["output"].nunique() / len(rows)
-    if judge in samples:
-        for name in (judge, "win_rate"):
-            models[f"{name}_pm"] = 1.96 * groups[name].sem()
-    accuracy = reward_accuracy(run, lms, test_pairs)
-    results = {"models": models.to_dict("index"), "reward_accuracy": accuracy.to_dict("index")}
 
-    page = PAGE.format(
-        title=html.escape(f"AlignDistil: {Path(run.args.model).name} on {Path(run.args.dataset).name}"),
-        models=models.to_html(float_format="{:.3f}".format, border=0, index_names=False),
-        accuracy=accuracy.to_html(float_format="{:.3f}".format, border=0),
-        responses=shaded_responses(run, lms, rows, samples),
-    )
-    public = samples.drop(columns="tokens").to_dict("records")
-    write_json(run, run.out / "samples.json", public)
-    with written_aside(run.out / "report.html") as aside:
-        aside.write_text(page, encoding="utf-8")
-    write_json(run, path, results)  # last: it says that the rest is there
-    for table in (models, accuracy):
-        run.say("\n" + table.to_string(float_format="{:.3f}".format))
-    for i in range(min(3, len(rows))):
-        run.say(f"\n{rows[i]['instruction']!r}")
-        for row in public[i :: len(rows)]:
-            run.say(f"{row['generator']:>11}: {row['output']!r}")
-    run.say(f"\nmodels, metrics, samples and results are in {run.out}")
+    chosen = [Response(row["prompt"], row["chosen"]) for row in test_pairs]
+    rejected = [Response(row["prompt"], row["rejected"]) for row in test_pairs]
+    margins = {name: logps_of(run, lm, chosen) - logps_of(run, lm, rejected) for name, lm in lms.items()}
+    right = pd.DataFrame({"dpo": margins["dpo"] > margins["reference"]})
+    if "reverse_dpo" in lms:
+        right["reverse"] = margins["reference"] > margins["reverse_dpo"]
+        right["contrastive"] = margins["dpo"] > margins["reverse_dpo"]
+    accuracy = pd.DataFrame({"accuracy": right.mean(), "accuracy_pm": 1.96 * right.sem(), "pairs": len(right)})
+
+    results = {"models": models.to_dict("index"), "reward_accuracy": accuracy.to_dict("index"), **precision}
+    write_json(run.out / "samples.json", samples.to_dict("records"))
+    write_json(path, results)  # last: it says that the rest is there
+    columns = [judge, f"{judge}_pm", "well_formed", "win_rate", "win_rate_pm", "kl_ref", "length"]
+    run.say(f"\nhow often a reward prefers the chosen response of a held-out pair:\n{accuracy.round(3)}\n")
+    run.say(f"own responses to held-out prompts:\n{models.filter(columns).round(2).to_string()}\n")
+    run.say(f"Compare policy with dpo: {judge}, win_rate, and in kl_ref what they cost. All is in {run.out}")
     return results
 
 
-@torch.no_grad()
-def sample_and_score(run: Run, lms: dict, name: str, rows: list):
-    """One response of lms[name] to each row's prompt, as a table in AlpacaEval's form with more columns.
-
-    `reward` is Σ_t r_ctr (Eq. 12; with the vanilla teacher `reward_dpo`, Eq. 5), `kl_ref` Σ_t KL(π ‖ π_ref),
-    exact over the vocabulary at each state, in nats; `entropy` is the mean over tokens, in nats; `length`
-    counts tokens. The demo has its truth beside.
-    """
+def own_samples(run: Run, lms: dict[str, LM], name: str, rows: list[dict]) -> pd.DataFrame:
+    """One response of lms[name] to each row's prompt, as a table in AlpacaEval's form with more columns."""
     teacher = Teacher(run.args, lms.get)
-    torch.manual_seed(seed_of(run.args.seed, "evaluation", 0))  # the same random numbers for every model
+    torch.manual_seed(seed_of(run.args.seed, "evaluation"))  # the same random numbers for every model
     sampled = sample(run, lms[name], [row["prompt"] for row in rows])
-    examples = [[Response(row["prompt"], tokens)] for row, tokens in zip(rows, sampled)]
-    sums = torch.zeros(len(rows), 3, device=run.device)
-    for group, batch in run.bar(list(micro_batches(run, examples)), f"scoring {name}", leave=False):
-        hidden = {key: lm.hidden(batch) for key, lm in lms.items()}
-        for chunk in lms[name].chunks(batch.targets):
-            tokens = batch.targets[chunk]
-            z = {key: lm.logits(hidden[key][chunk]) for key, lm in lms.items()}
-            dpo_logps, base_logps = token_logps(z["dpo"], tokens), token_logps(z[teacher.base], tokens)
-            reward = implicit_reward(dpo_logps, base_logps, run.args.beta)
-            entropy = torch.distributions.Categorical(logits=z[name]).entropy() * batch.weights[chunk]
-            values = torch.stack([reward, reverse_kl(z[name], z["reference"]), entropy], -1)
-            sums.index_add_(0, torch.tensor(group, device=run.device)[batch.response[chunk]], values)
-    instructions = [row["instruction"] for row in rows]
-    outputs = run.tokenizer.batch_decode(sampled, skip_special_tokens=True)
-    table = pd.DataFrame({"instruction": instructions, "output": outputs, "generator": name})
-    table[[teacher.reward_name, "kl_ref", "entropy"]] = sums.tolist()
+    responses = [Response(row["prompt"], tokens) for row, tokens in zip(rows, sampled)]
+    logps = {other: logps_of(run, lm, responses) for other, lm in lms.items()}
+    table = pd.DataFrame({"instruction": [row["instruction"] for row in rows], "token_ids": sampled})
+    table["output"], table["generator"] = run.tokenizer.batch_decode(sampled, skip_special_tokens=True), name
     table["length"] = [len(tokens) for tokens in sampled]
-    for column, values in truth(run, rows, sampled).items():
-        table[column] = values
-    table["tokens"] = sampled
-    return table
+    table["clipped"] = [float(tokens[-1] not in run.stop_ids) for tokens in sampled]
+    table["kl_ref"] = logps[name] - logps["reference"]
+    table["entropy"] = -logps[name] / table["length"]
+    table[teacher.reward_name] = implicit_reward(logps["dpo"], logps[teacher.base], run.args.beta)
+    return table.assign(**truth(run, rows, sampled))
 
 
 @torch.no_grad()
-def judge_scores(run: Run, samples) -> list:
-    """The judge's score of every sample, by its own chat template, or as a pair of texts if it has none.
+def logps_of(run: Run, lm: LM, responses: list[Response]) -> np.ndarray:
+    """log π(y|x) of each response, (n,)."""
+    logps = np.zeros(len(responses))
+    batches = list(micro_batches(run, [[response] for response in responses]))
+    for group, batch in run.bar(batches, "scoring", leave=False):
+        logps[group] = response_logps(lm, batch, lm.hidden(batch)).cpu()
+    return logps
 
-    A prompt of several turns is given to it as one message.
+
+@torch.no_grad()
+def judge_scores(run: Run, instructions, outputs) -> list[float]:
+    """The judge's score of every output, by its own chat template, or as a pair of texts if it has none.
+
+    A prompt of several turns is given to it as one message. Raises BadInput unless it has one output.
     """
-    model, tokenizer = run.judge
-    model.to(run.device)
+    model, tokenizer = load_pretrained(transformers.AutoModelForSequenceClassification, run.args.judge)
+    if model.config.num_labels != 1:
+        raise BadInput(f"--judge has {model.config.num_labels} outputs: name a reward model; it has one")
+    model.to(run.device).eval()
     scores = []
-    texts = zip(samples["instruction"], samples["output"], strict=True)
-    for instruction, output in run.bar(list(texts), "judging", leave=False):
+    for instruction, output in run.bar(list(zip(instructions, outputs)), "judging", leave=False):
         if tokenizer.chat_template:
             talk = [{"role": "user", "content": instruction}, {"role": "assistant", "content": output}]
-            inputs = tokenizer.apply_chat_template(
-                talk, truncation=True, return_tensors="pt", return_dict=True
-            )
+            text = tokenizer.apply_chat_template(talk, tokenize=False, strftime_now=same_day)
+            inputs = tokenizer(text, add_special_tokens=False, truncation=True, return_tensors="pt")
         else:
             inputs = tokenizer(instruction, output, truncation=True, return_tensors="pt")
         scores.append(model(**inputs.to(run.device)).logits.item())
     return scores
 
 
-def reward_accuracy(run: Run, lms: dict, pairs):
-    """In what share of held-out pairs a reward prefers the chosen response, ± half of a 95 % interval.
-
-    The rewards: log π_dpo/π_ref (dpo), log π_ref/π_dpo⁻ (reverse), and their sum log π_dpo/π_dpo⁻
-    (contrastive).
-    """
-    logps = {name: pair_logps(run, lms[name], pairs, f"held-out {name}") for name in lms if name != "policy"}
-    rewards = {"dpo": logps["dpo"] - logps["reference"]}
-    if "reverse_dpo" in logps:
-        rewards["reverse"] = logps["reference"] - logps["reverse_dpo"]
-        rewards["contrastive"] = logps["dpo"] - logps["reverse_dpo"]
-    right = pd.DataFrame({name: (reward[:, 0] > reward[:, 1]).tolist() for name, reward in rewards.items()})
-    return pd.DataFrame({"accuracy": right.mean(), "plus_minus": 1.96 * right.sem(), "pairs": len(pairs)})
-
-
-PAGE = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
-body {{ font: 15px/1.6 system-ui, sans-serif; max-width: 1000px; margin: auto; padding: 1em }}
-td, th {{ padding: 0 .7em; text-align: right }} span {{ white-space: pre-wrap; border-radius: 3px }}
-</style></head><body><h1>{title}</h1>{models}<br>{accuracy}
-<p>Green: the teacher's reward of the token is positive, red: negative; full colour at ±2 nats of log-ratio.
-The tooltip of a token has its reward, α_t, and the teacher's three likeliest tokens.</p>
-{responses}</body></html>
-"""
-
-
-def shaded_responses(run: Run, lms: dict, rows: list, samples) -> str:
-    """The first prompts with every model's response as HTML, shaded token by token."""
-    teacher, lines = Teacher(run.args, lms.get), []
-    for i, row in enumerate(rows[:6]):
-        lines.append(f"<h3>{html.escape(row['instruction'])}</h3>")
-        for name, tokens in samples[["generator", "tokens"]].iloc[i :: len(rows)].itertuples(index=False):
-            lines.append(f"<p><b>{name}</b> {shade(run, teacher, Response(row['prompt'], tokens))}</p>")
-    return "\n".join(lines)
-
-
-def shade(run: Run, teacher: Teacher, response: Response) -> str:
-    """A response as HTML: tokens shaded by the teacher's reward, with the teacher's view as a tooltip."""
-    batch = collate([[response]], run.tokenizer.pad_token_id, run.device)
-    z = teacher.logits(teacher.hidden(batch), slice(None))
-    log_ratios = token_logps(z.dpo, batch.targets) - token_logps(z.base, batch.targets)
-    best = z.target.softmax(-1).topk(3)
-    spans, shown = [], ""
-    for t, log_ratio in enumerate(log_ratios.tolist()):
-        first = [f"{run.tokenizer.decode([i])!r} {p:.2f}" for i, p in zip(best.indices[t], best.values[t])]
-        reward = f"{teacher.reward_name} {run.args.beta * log_ratio:+.3f}"
-        note = html.escape(f"{reward}, α {z.alpha[t]:.3g}, teacher: {', '.join(first)}")
-        colour = "46,160,67" if log_ratio > 0 else "218,54,51"
-        opacity = min(1.0, abs(log_ratio) / 2)
-        text = run.tokenizer.decode(response.tokens[: t + 1])
-        new = "" if text.endswith("\ufffd") else text[len(shown) :]  # a character may be of several tokens
-        shown += new
-        style = f"background:rgba({colour},{opacity:.2f})"
-        spans.append(f'<span style="{style}" title="{note}">{html.escape(new)}</span>')
-    return "".join(spans)
+@torch.no_grad()
+def precision_report(run: Run, teacher: Teacher, pairs) -> dict:
+    """What coarse products leave of the teacher, on one batch: what share of z_dpo − z_base survives (the
+    length of its projection on the true one), and KL(true teacher ‖ coarse one) in nats a token."""
+    coarse, found = run.args.precision, {}
+    if coarse == "float32":
+        return {}
+    examples, _ = data_responses(run, None, pairs.take(min(16, len(pairs))).to_list(), ["chosen"])
+    _, batch = next(micro_batches(run, examples))
+    for precision in ("float32", coarse):
+        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+        for lm in teacher.lms.values():
+            lm.precision = precision
+        found[precision] = teacher.logits(teacher.hidden(batch), slice(CHUNK_SIZE))
+    difference, rest = (z.dpo - z.base for z in found.values())
+    share = ((rest * difference).sum() / difference.square().sum()).item()
+    kl = reverse_kl(found["float32"].target, found[coarse].target).mean().item()
+    run.say(f"{coarse} keeps {share:.2f} of z_dpo − z_base; KL to its teacher {kl:.2g} nats a token")
+    if not 0.9 <= share <= 1.1:
+        run.say("WARNING: that is too far from 1: use --precision float32, or train DPO for longer")
+    return {"precision": {"share": share, "kl": kl}}
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 10  The run: checks, devices and processes, models, files, errors.
+# 10  The run: errors, checks, devices and processes, models, files.
 # ------------------------------------------------------------------------------------------------------------
 
 
+class BadInput(Exception):
+    """What the user gave cannot be used. The message is one line: what, where, what to do."""
+
+
+@contextlib.contextmanager
+def or_refuse(what: str):
+    """Turn whatever a library raises into BadInput: what, and why."""
+    try:
+        yield
+    except (BadInput, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise BadInput(f"{what} ({one_line(error)})") from error
+
+
+def one_line(error: BaseException) -> str:
+    """The beginning of an error's message as one line, or its kind if it has none."""
+    if isinstance(error, datasets.exceptions.DatasetGenerationError):  # its cause has the message
+        error = error.__cause__ or error
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+@or_refuse("the run cannot start")
 def set_up(args: Args) -> tuple:
     """Check all that can be checked before training, open the output folder: (run, two sets of pairs)."""
-    check_settings(args)
-    run = Run(args)
-    transformers.logging.set_verbosity_error()  # errors are told in one line here; the bars of downloads stay
-    transformers.logging.disable_progress_bar()
-    huggingface_hub.utils.enable_progress_bars()
-    huggingface_hub.utils.logging.set_verbosity_error()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    if run.rank > 0:
-        datasets.disable_progress_bars()
-    if run.device.type == "cuda":
-        torch.cuda.set_device(run.device)
-    if run.world > 1:
-        dist.init_process_group("nccl" if run.device.type == "cuda" else "gloo")
-
-    lm, tokenizer = load_checked(run, args.model), load_tokenizer(args.model)
-    if tokenizer.eos_token_id is None:
-        raise BadInput(f"model {args.model}: its tokenizer has no end-of-sequence token; set one")
-    run.tokenizer, run.stop_ids = tokenizer, stop_tokens(tokenizer, lm.model.generation_config)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    starts_with_bos = not tokenizer.chat_template and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
-    run.first_ids = [tokenizer.bos_token_id] if starts_with_bos else []
-    for folder in filter(None, (args.dpo, args.reverse_dpo)):
-        same_size = len(load_checked(run, folder).head.weight) == len(lm.head.weight)
-        if not same_size or load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
-            raise BadInput(f"teacher {folder}: its vocabulary or tokenizer is not that of the model")
-    fill_in(run, lm.model.config.get_text_config())
-
-    train_pairs, test_pairs = load_pairs(run)
-    run.judge = load_judge(args.judge) if args.judge else None  # after the data: datasets hashes all of run
-    if min(args.batch_size, len(train_pairs)) < run.world:
-        raise BadInput(f"{run.world} processes for a batch of fewer pairs; use fewer")
-    open_output(run, train_pairs, test_pairs)
-    return run, train_pairs, test_pairs
-
-
-def check_settings(args: Args) -> None:
-    """Raise BadInput for a number out of range. What needs the model or the data is checked in `set_up`."""
     for name, value in asdict(args).items():
-        if type(value) in (int, float):
-            may_be_0 = name in ("alpha", "alpha_r", "warmup_ratio", "seed")
-            highest = 1 if name == "warmup_ratio" else sys.float_info.max
-            if not 0 <= value <= highest or (value == 0 and not may_be_0):
-                least = "at least 0" if may_be_0 else "more than 0"
-                raise BadInput(f"--{name} is {value}: it must be {least} and at most {highest:g}")
+        may_be_0 = name in ("alpha", "alpha_r", "warmup_ratio", "seed")
+        if type(value) in (int, float) and not (value > 0 or (may_be_0 and value == 0)):
+            raise BadInput(f"--{name} {value} is out of range")
     if args.alpha == 0 and args.reward == "vanilla":
         raise BadInput("--alpha 0 --reward vanilla distils the reference into itself: use contrastive")
     if args.model == "demo" and args.dataset != "demo":
         raise BadInput(f"--model demo knows the words of the demo only: name a model for {args.dataset}")
-
-
-def fill_in(run: Run, config) -> None:
-    """Fill in every default that depends on the model. Raises BadInput for lengths that cannot be."""
-    args = run.args
-    known = [getattr(config, name, None) or 0 for name in ("max_position_embeddings", "max_seq_len")]
-    positions = next((number for number in known if number > 0), sys.maxsize)
-    if args.max_length is None:
-        args.max_length = min(2048, positions)
-        if positions < 2048:
-            run.say(f"max_length is lowered from 2048 to the model's {positions} positions")
-    if args.max_length > positions:
-        raise BadInput(f"--max_length {args.max_length} is more than the model's {positions} positions")
+    transformers.logging.set_verbosity_error()  # what matters is told here
+    transformers.logging.disable_progress_bar()
+    datasets.logging.set_verbosity_error()
+    run = Run(args)
+    lm = load_lm(run, args.model, precision="float32")
+    check_model(lm, args.model)
+    run.read_tokenizer(lm)
+    for folder in filter(None, (args.dpo, args.reverse_dpo)):
+        teacher = load_lm(run, folder, precision="float32")
+        check_model(teacher, folder)
+        same_size = len(teacher.head.weight) == len(lm.head.weight)
+        if not same_size or teacher.tokenizer.get_vocab() != run.tokenizer.get_vocab():
+            raise BadInput(f"teacher {folder}: its vocabulary or tokenizer is not that of the model")
+    positions = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    args.max_length = args.max_length or min(2048, positions)
     args.max_prompt_length = args.max_prompt_length or args.max_length // 2
-    if args.max_length - args.max_prompt_length < 2:
-        raise BadInput(f"--max_length {args.max_length} leaves no room behind --max_prompt_length")
+    if not args.max_prompt_length + 1 < args.max_length <= positions:
+        limits = f"more than --max_prompt_length {args.max_prompt_length}, at most {positions} positions"
+        raise BadInput(f"--max_length {args.max_length} is out of range: {limits}")
     if args.alpha_r is None:
         args.alpha_r = 20.0 if args.off_policy else 30.0
     if args.sft is None:
-        args.sft = not run.tokenizer.chat_template
-
-
-def open_output(run: Run, train_pairs, test_pairs) -> None:
-    """Make the output folder, or go on with the run in it. Raises BadInput for other settings or data.
-
-    The folder stays locked as long as the process lives.
-    """
-    settings, config = asdict(run.args), run.out / "config.json"
-    settings["data"] = [fingerprint(train_pairs), fingerprint(test_pairs)]
-    with using(f"output folder {run.out} cannot be used: choose another --output_dir"):
-        if config.exists():
-            saved = json.loads(config.read_text(encoding="utf-8"))
-            for name in settings:
-                if name not in FREE_SETTINGS and saved.get(name) != settings[name]:
-                    change = f"{name} {saved.get(name)} → {settings[name]}"
-                    raise BadInput(f"{run.out} is of a run with other settings ({change}); choose another")
-        elif any(run.out.glob("[!.]*")):
-            raise BadInput(f"output folder {run.out} holds files and no run of this script; choose another")
-        if run.rank == 0:
-            run.out.mkdir(parents=True, exist_ok=True)
-            run.lock = filelock.FileLock(run.out / ".lock", is_singleton=True)
-            try:
-                run.lock.acquire(blocking=False)
-            except filelock.Timeout:
-                raise BadInput(f"another process writes into {run.out}: wait, or choose another") from None
-    run.barrier()  # all have read before it is written
-    write_json(run, config, settings)
+        args.sft = not run.chat
+    train_pairs, test_pairs = load_pairs(run)
+    if args.judge:
+        judge_scores(run, ["a"], ["b"])
+    run.open_output()
+    epochs = {"sft": args.sft_epochs, "each DPO": args.dpo_epochs, "policy": args.distill_epochs}
+    steps = [f"{stage} {len(batches_of(args, len(train_pairs), n)):,}" for stage, n in epochs.items()]
+    run.say(f"optimizer steps, where a stage is run: {', '.join(steps)}")
+    return run, train_pairs, test_pairs
 
 
 class Run:
-    """What every stage needs beside mathematics: settings, device, processes, progress bars.
-
-    `set_up` adds the tokenizer, the ids that stop and begin a text, the judge and the folder's lock.
-    """
+    """What every stage needs besides mathematics: settings, devices, processes, the model's tokenizer."""
 
     def __init__(self, args: Args):
         self.args, self.out = args, Path(args.output_dir or f"runs/{Path(args.model).name}")
         self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-        self.device = self.pick_device(args.device or best.type)
-        self.teacher_device = self.pick_device(args.teacher_device or str(self.device))
+        if torch.cuda.is_available():  # so that "cuda" is this process's own
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+        self.device = torch.empty(0, device=args.device or best).device
+        self.teacher_device = torch.empty(0, device=args.teacher_device or self.device).device
+        self.tracker = None
+        if args.report_to != "none" and self.rank == 0:
+            self.tracker = importlib.import_module(args.report_to)
+        if self.world > 1 and not dist.is_initialized():
+            with or_refuse("WORLD_SIZE is set: start several processes with torchrun, or unset it"):
+                dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
 
-    @staticmethod
-    def pick_device(name: str) -> torch.device:
-        """The device of this process. Raises BadInput for one that is not there."""
-        if name == "cuda":
-            name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-        with using(f"device {name} is not there: choose another with --device or --teacher_device"):
-            return torch.empty(1, device=name).device
+    def read_tokenizer(self, lm: LM) -> None:
+        """Find what begins, stops and pads a text. Raises BadInput if the model cannot be used with it.
+
+        Of `stop_ids` the first is trained on: what the chat template puts after an answer, or
+        end-of-sequence. The others stop sampling, too: end-of-sequence, and what the checkpoint names.
+        """
+        self.tokenizer = tokenizer = lm.tokenizer
+        if tokenizer.eos_token_id is None:
+            raise BadInput(f"model {self.args.model}: its tokenizer has no end-of-sequence token; set one")
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        with or_refuse(f"model {self.args.model}: its chat template cannot be used"):
+            self.chat = ChatTemplate(tokenizer) if tokenizer.chat_template else None
+        named = lm.model.generation_config.eos_token_id
+        stops = [self.chat.end_id] if self.chat else []
+        stops += [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
+        self.stop_ids = [i for i in dict.fromkeys(stops) if i is not None]
+        self.first_ids = []  # what the tokenizer itself puts before a text; a chat template writes all
+        if not self.chat:
+            alone, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
+            self.first_ids = whole[: whole.index(alone[0])]
+
+    def open_output(self) -> None:
+        """Make the output folder, or go on with the run in it. Raises BadInput if it is of other settings."""
+        settings, config = asdict(self.args), self.out / "config.json"
+        saved = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+        if not saved and any(self.out.glob("[!.]*")):
+            raise BadInput(f"output folder {self.out} holds files and no run of this script; choose another")
+        for name, value in saved.items():
+            if name not in FREE_SETTINGS and value != settings.get(name):
+                change = f"{name} {value} → {settings.get(name)}"
+                raise BadInput(f"{self.out} is of a run with other settings ({change}); choose another")
+        if self.rank == 0:
+            self.out.mkdir(parents=True, exist_ok=True)
+            write_json(config, settings)
+        if self.tracker:
+            self.tracker.init(project="aligndistil", name=self.out.name, config=settings)
+
+    def log(self, stage: str, step: int, line: dict) -> None:
+        """Add a line to metrics.jsonl, and to the tracker if there is one."""
+        path = self.out / "metrics.jsonl"
+        with or_refuse(f"{path} cannot be written: make room and run the same command"):
+            if self.rank == 0:
+                with open(path, "a") as file:
+                    file.write(json.dumps({"stage": stage, "step": step, **line}) + "\n")
+        if self.tracker:
+            self.tracker.log({f"{stage}/{name}": value for name, value in line.items()})
 
     def say(self, text: str) -> None:
         if self.rank == 0:
@@ -1459,10 +1322,6 @@ class Run:
     def bar(self, items, title: str, **options):
         return tqdm(items, title, dynamic_ncols=True, disable=self.rank > 0, **options)
 
-    def barrier(self) -> None:
-        if self.world > 1:
-            dist.barrier()
-
     def total(self, values: Tensor) -> Tensor:
         """The sum over processes, in place."""
         if self.world > 1:
@@ -1470,113 +1329,43 @@ class Run:
         return values
 
 
-def sum_gradients(run: Run, model) -> None:
-    """Sum the gradients of all processes. A parameter without one counts as zeros, so that they agree."""
-    if run.world > 1:
-        for parameter in model.parameters():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            run.total(parameter.grad)
-
-
-def means_over_ranks(run: Run, sums: dict, n: int) -> dict:
-    """Sums of this process → means over the n examples of all processes, as numbers."""
-    values = [torch.as_tensor(value, dtype=torch.float32, device=run.device) for value in sums.values()]
-    return dict(zip(sums, (run.total(torch.stack(values)) / n).tolist()))
-
-
 def seed_of(*parts) -> int:
     """One number from a seed and what it is used for; the same on every machine."""
     return zlib.crc32("/".join(map(str, parts)).encode())
 
 
-def fingerprint(pairs, model=None) -> int:
-    """A number that changes with the token ids of the pairs, and with the model's weights."""
-    crc = 0
-    for table in pairs.with_format("arrow").iter(batch_size=1000):
-        for name in ("prompt", "chosen", "rejected"):
-            column = table[name].combine_chunks()
-            crc = zlib.crc32(column.value_lengths().to_numpy(), zlib.crc32(column.flatten().to_numpy(), crc))
-    for tensor in model.state_dict().values() if model else []:
-        crc = zlib.crc32(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy(), crc)
-    return crc
+def load_pretrained(auto_class, name: str) -> tuple:
+    """(model in float32 and without dropout, tokenizer). Raises BadInput if a weight or a row is missing."""
+    if Path(name, "adapter_config.json").exists():
+        raise BadInput(f"model {name} is an adapter: merge it into its model and save the whole")
+    with or_refuse(f"model {name} cannot be loaded"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        config = transformers.AutoConfig.from_pretrained(name)
+        for part in (config, config.get_text_config()):  # no dropout, nor other noise, in training mode
+            for key, value in vars(part).items():
+                if isinstance(value, float) and ("drop" in key or "jitter" in key):
+                    setattr(part, key, 0.0)
+        model, info = auto_class.from_pretrained(
+            name, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+    if info["missing_keys"]:
+        raise BadInput(f"model {name}: weights are not in its files, {min(info['missing_keys'])} for one")
+    highest, size = max(tokenizer.get_vocab().values()), len(model.get_input_embeddings().weight)
+    if highest >= size:
+        raise BadInput(f"model {name}: its tokenizer has id {highest}, its embedding {size} rows; resize it")
+    return model, tokenizer
 
 
-# Models
-
-LOADING = {"dtype": torch.float32, "trust_remote_code": False, "use_safetensors": True}
-
-
-@functools.cache
-def fetch_model(name: str) -> str:
-    """The local folder of a model: a folder as it is, a hub id once its files are in the local cache."""
-    folder = name
-    if not os.path.isdir(name):
-        wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
-        with using(f"model {name} cannot be had", name):
-            folder = fetch(name, allow_patterns=wanted, ignore_patterns="*/*")
-    if not any(Path(folder).glob("*.safetensors")):
-        raise BadInput(f"model {name}: no safetensors file in {folder}; convert it with save_pretrained")
-    return folder
-
-
-def fetch(name: str, **options) -> str:
-    """The local folder of a hub repository. Asks again where the hub is busy or broken (429, 503, ...)."""
-    download = partial(huggingface_hub.snapshot_download, name, tqdm_class=tqdm, **options)
-    for pause in (1, 2, 4, 8):
-        try:
-            return download()
-        except hub_errors.LocalEntryNotFoundError as error:
-            if not isinstance(error.__cause__, hub_errors.HfHubHTTPError):
-                raise  # no answer at all: a refused connection, an unknown host
-            tqdm.write(f"the hub answers {error.__cause__.response.status_code}; trying again in {pause} s")
-            time.sleep(pause)
-    return download()
-
-
-def load_tokenizer(name: str):
+def load_lm(run: Run, name: str, device=None, precision: str | None = None) -> LM:
+    """A causal LM, by default on the run's device and in its precision."""
     if name == "demo":
-        return demo_tokenizer()
-    with using(f"model {name}: its tokenizer cannot be loaded"):
-        return transformers.AutoTokenizer.from_pretrained(fetch_model(name), trust_remote_code=False)
-
-
-def load_lm(run: Run, name: str, device=None) -> LM:
-    """A causal LM in float32 and without dropout, whatever its checkpoint says.
-
-    Two models after DPO differ by little, and α multiplies that; bfloat16 or TF32 products would round it
-    away. (TF32 is off in torch unless somebody turns it on.)
-    """
-    with using(f"model {name} cannot be loaded"):
-        if name == "demo":
-            model = demo_model(run.args.seed)
-        else:
-            folder = fetch_model(name)
-            config = without_dropout(transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False))
-            model = transformers.AutoModelForCausalLM.from_pretrained(folder, config=config, **LOADING)
-        if run.args.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        return LM(model.to(device or run.device), run.args.chunk_size, run.device)
-
-
-def without_dropout(config):
-    """The config with no dropout and no other noise; so are configs inside it.
-
-    With gradient checkpointing a model trains in training mode. The checkpoints of a run keep these zeros.
-    """
-    for name, value in list(vars(config).items()):
-        if isinstance(value, float) and ("drop" in name or "jitter" in name):
-            setattr(config, name, 0.0)
-        elif isinstance(value, transformers.PreTrainedConfig):
-            without_dropout(value)
-    return config
-
-
-def load_checked(run: Run, name: str) -> LM:
-    """A model that the user names: loaded and checked."""
-    lm = load_lm(run, name)
-    check_model(lm, name)
-    return lm
+        model, tokenizer = demo_model(run.args.seed), demo_tokenizer()
+    else:
+        model, tokenizer = load_pretrained(transformers.AutoModelForCausalLM, name)
+    if run.args.gradient_checkpointing:
+        old_name = model.gradient_checkpointing_enable
+        getattr(model, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
+    return LM(model.to(device or run.device), precision or run.args.precision, run.device, tokenizer)
 
 
 @torch.no_grad()
@@ -1586,25 +1375,12 @@ def check_model(lm: LM, name: str) -> None:
     config = transformers.GenerationConfig(
         do_sample=False, max_new_tokens=8, pad_token_id=0, output_logits=True, return_dict_in_generate=True
     )
-    with using(f"model {name} is not supported"):
-        output = lm.generate(prompts, (prompts > 0).long(), config)
-        first, second = output.sequences.tolist()
-        examples = [[Response(first[3:5], first[5:])], [Response(second[:5], second[5:])]]
-        ours = lm.logits(lm.hidden(collate(examples, pad_id=0))).log_softmax(-1)
-    own = torch.stack(output.logits, 1).flatten(0, 1).log_softmax(-1)
-    if not own.isfinite().all():
-        raise BadInput(f"model {name}: its logits are not finite; its weights are broken")
-    if not (ours - own).abs().max() <= 1e-2:  # so that no number is refused, too
-        raise BadInput(f"model {name} is not supported: generate() does not draw from head(body(tokens))")
-
-
-def load_judge(name: str) -> tuple:
-    """(model, tokenizer) of a reward model. Raises BadInput unless it has one output."""
-    with using(f"judge {name} cannot be loaded"):
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(fetch_model(name), **LOADING)
-    if model.config.num_labels != 1:
-        raise BadInput(f"judge {name} has {model.config.num_labels} outputs: name a reward model; it has one")
-    return model.eval(), load_tokenizer(name)
+    output = lm.generate(prompts, (prompts > 0).long(), config)
+    padded = output.sequences[0].tolist()
+    ours = lm.logits(lm.hidden(collate([[Response(padded[3:5], padded[5:])]], pad_id=0))).log_softmax(-1)
+    own = torch.stack(output.logits)[:, 0].log_softmax(-1)
+    if not (ours - own.to(ours.device)).abs().max() <= 1e-2:  # not <=, so NaN fails too
+        raise BadInput(f"model {name}: generate() does not draw from head(body(tokens)), or draws no numbers")
 
 
 # Files. All but metrics.jsonl are written aside and renamed: a kill leaves them whole or not at all.
@@ -1614,123 +1390,75 @@ def load_judge(name: str) -> tuple:
 def written_aside(path: Path):
     """Give another path to write to; then rename what was written there to `path`."""
     aside = path.with_name(f".{path.name}.partial")
-    with using(f"{path} cannot be written: make room and run the same command"):
+    with or_refuse(f"{path} cannot be written: make room and run the same command"):
         if aside.is_dir():
             shutil.rmtree(aside)
         yield aside
         os.replace(aside, path)
 
 
-def write_json(run: Run, path: Path, content) -> None:
-    if run.rank == 0:
-        with written_aside(path) as aside:
-            aside.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+def write_json(path: Path, content) -> None:
+    with written_aside(path) as aside:
+        aside.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def save_model(run: Run, model, folder: Path) -> None:
-    """A Hugging Face checkpoint with its tokenizer; what the stage needed to go on is not needed any more."""
+    """A Hugging Face checkpoint with its tokenizer, which stops where it was trained to."""
     if run.rank == 0:
+        model.generation_config.eos_token_id = run.stop_ids
         with written_aside(folder) as aside:
             model.save_pretrained(aside)
             run.tokenizer.save_pretrained(aside)
         (run.out / f"checkpoint-{folder.name}.pt").unlink(missing_ok=True)
-    run.barrier()
+    run.total(torch.zeros(1, device=run.device))  # the others wait: they read it next
 
 
 def save_checkpoint(run: Run, stage: str, model, optimizer, step: int) -> None:
+    state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
     if run.rank == 0:
-        state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
         with written_aside(run.out / f"checkpoint-{stage}.pt") as aside:
             torch.save(state, aside)
 
 
-def load_checkpoint(run: Run, stage: str, model, optimizer) -> int:
-    """Put this stage's last checkpoint into model and optimizer; the step to go on at, 0 if there is none."""
-    path = run.out / f"checkpoint-{stage}.pt"
-    if not path.exists():
-        return 0
-    state = torch.load(path, map_location=run.device, weights_only=True)
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    run.say(f"{stage}: going on after step {state['step']}")
-    return state["step"]
+def resume(run: Run, stage: str, model, optimizer) -> int:
+    """Put this stage's last checkpoint into model and optimizer; the number of steps done.
 
-
-def cut_metrics(run: Run, stage: str, step: int) -> None:
-    """Drop what was logged after the last checkpoint and will be done again, and a line that a kill cut."""
-    path = run.out / "metrics.jsonl"
-    if run.rank == 0 and path.exists():
+    Later lines of metrics.jsonl will be written again: they are dropped, and one that a kill cut.
+    """
+    step, path, metrics = 0, run.out / f"checkpoint-{stage}.pt", run.out / "metrics.jsonl"
+    if path.exists():
+        state = torch.load(path, map_location=run.device, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step = state["step"]
+        run.say(f"{stage}: going on after step {step}")
+    if run.rank == 0 and metrics.exists():
         kept = []
-        for text in path.read_text().splitlines(keepends=True):
-            line = json.loads(text) if text.endswith("\n") else None
-            if line and (line["stage"] != stage or line["step"] <= step):
+        for text in metrics.read_text().splitlines(keepends=True):
+            line = json.loads(text) if text.endswith("\n") else {"stage": stage, "step": math.inf}
+            if line["stage"] != stage or line["step"] <= step:
                 kept.append(text)
-        with written_aside(path) as aside:
+        with written_aside(metrics) as aside:
             aside.write_text("".join(kept))
-
-
-# Errors
-
-
-class BadInput(Exception):
-    """What the user gave cannot be used. The message is one line: what, where, what to do."""
-
-
-HUB_ANSWERS = {  # the first kind that fits says it
-    hub_errors.GatedRepoError: "gated: ask for access at {page}, then log in",
-    hub_errors.RepositoryNotFoundError: "neither a local folder nor on the hub: private or misspelt",
-    hub_errors.HFValidationError: "neither a local folder nor a name that the hub could have",
-    hub_errors.LocalEntryNotFoundError: "not in the local cache, and the hub is out of reach",
-    hub_errors.OfflineModeIsEnabled: "not in the local cache, and the hub is out of reach",
-}
-
-
-@contextlib.contextmanager
-def using(what: str, hub_path: str = ""):
-    """Turn whatever a library raises into BadInput: what, and why. `hub_path` is its place on the hub."""
-    try:
-        yield
-    except (BadInput, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise BadInput(f"{what} ({reason(error, hub_path)})") from error
-
-
-def reason(error: BaseException, hub_path: str) -> str:
-    """Why an error was raised, in one line, looked for in what caused it."""
-    cause = error
-    while cause:
-        for kind, text in HUB_ANSWERS.items():
-            if isinstance(cause, kind):
-                return text.format(page=f"{huggingface_hub.constants.ENDPOINT}/{hub_path}")
-        if isinstance(cause, hub_errors.HfHubHTTPError) and cause.response.status_code == 401:
-            return "token refused: log in anew, or unset HF_TOKEN"
-        error, cause = cause, cause.__cause__
-    return one_line(error)
-
-
-def one_line(error: BaseException) -> str:
-    """The beginning of an error's message as one line, or its kind if it has none."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return step
 
 
 def main() -> int:
     """The command line. The exit status is 2 for what cannot be used, 130 after Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal that cannot print a character does not end a run
+    again = "the same command goes on from the last checkpoint"
     try:
         align(parse_args())
         return 0
     except BadInput as error:
-        status, message = 2, str(error)
+        status, message = 2, error
     except torch.OutOfMemoryError as error:
-        status, message = 2, f"{one_line(error)}; lower --tokens_per_micro_batch or --sampling_batch_size, "
-        message += "or use --gradient_checkpointing: the same command goes on from the last checkpoint"
+        flags = "--tokens_per_micro_batch or --sampling_batch_size, or use --gradient_checkpointing"
+        status, message = 2, f"{one_line(error)}; lower {flags}: {again}"
     except KeyboardInterrupt:
-        status, message = 130, "stopped; the same command goes on from the last checkpoint"
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
-    tqdm.write(f"aligndistil.py: error{rank}: {message}", file=sys.stderr)
+        status, message = 130, f"stopped; {again}"
+    tqdm.write(f"aligndistil.py: error: {message}", file=sys.stderr)
     return status
 
 
