@@ -45,6 +45,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import datasets
+import huggingface_hub
 import numpy as np
 import pandas as pd
 import tokenizers
@@ -114,7 +115,7 @@ class Args:
 DEMO = {
     "dataset": "demo", "batch_size": 64, "max_length": 48, "max_prompt_length": 12, "eval_prompts": 512,
     "sft_learning_rate": 1e-2, "dpo_learning_rate": 1e-5, "distill_learning_rate": 1e-3, "sft_epochs": 8.0,
-    "dpo_epochs": 2.5, "sampling_batch_size": 256,
+    "dpo_epochs": 5.0, "sampling_batch_size": 256,
 }  # fmt: skip
 # A run may go on with others of these. Those of speed change rounding, or which responses are drawn.
 FREE_SETTINGS = """output_dir judge save_steps report_to device teacher_device gradient_checkpointing
@@ -1102,7 +1103,9 @@ def evaluate(run: Run, folders: dict[str, str], test_pairs, precision: dict) -> 
     columns = [judge, f"{judge}_pm", "well_formed", "win_rate", "win_rate_pm", "kl_ref", "length"]
     run.say(f"\nhow often a reward prefers the chosen response of a held-out pair:\n{accuracy.round(3)}\n")
     run.say(f"own responses to held-out prompts:\n{models.filter(columns).round(2).to_string()}\n")
-    run.say(f"Compare policy with dpo: {judge}, win_rate, and in kl_ref what they cost. All is in {run.out}")
+    if judge in samples:
+        run.say(f"Compare {judge} and win_rate of policy and dpo, and in kl_ref what they cost.")
+    run.say(f"models, metrics, samples and results are in {run.out}")
     return results
 
 
@@ -1202,7 +1205,7 @@ def one_line(error: BaseException) -> str:
     """The beginning of an error's message as one line, or its kind if it has none."""
     if isinstance(error, datasets.exceptions.DatasetGenerationError):  # its cause has the message
         error = error.__cause__ or error
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return " ".join(str(error).split())[:400] or type(error).__name__
 
 
 @or_refuse("the run cannot start")
@@ -1220,6 +1223,8 @@ def set_up(args: Args) -> tuple:
     transformers.logging.disable_progress_bar()
     datasets.logging.set_verbosity_error()
     run = Run(args)
+    if (run.out / "config.json").exists():  # all that a run needs is in the cache when it goes on
+        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     lm = load_lm(run, args.model, precision="float32")
     check_model(lm, args.model)
     run.read_tokenizer(lm)
@@ -1338,7 +1343,7 @@ def load_pretrained(auto_class, name: str) -> tuple:
     """(model in float32 and without dropout, tokenizer). Raises BadInput if a weight or a row is missing."""
     if Path(name, "adapter_config.json").exists():
         raise BadInput(f"model {name} is an adapter: merge it into its model and save the whole")
-    with or_refuse(f"model {name} cannot be loaded"):
+    with or_refuse(f"model {name} cannot be loaded from safetensors files"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         config = transformers.AutoConfig.from_pretrained(name)
         for part in (config, config.get_text_config()):  # no dropout, nor other noise, in training mode
