@@ -13,9 +13,8 @@ The policy is distilled from that teacher on the policy's own samples.
 
 Where the paper is silent, settings are those of the authors' code (Adam's betas, the cosine). Where the two
 differ, this file follows the paper: the loss covers every response token, the first one too; TVD has its
-factor 1/2 (their beta2 is r/2). Other than theirs, weights and losses are float32 (see --precision), and
-models whose vocabularies differ are refused and not cut. Left out: sharded weights (the policy and its
-optimizer must fit one device) and generation by a separate server.
+factor 1/2 (their beta2 is r/2). Unlike theirs, weights and losses are float32 (see --precision), and models
+of different vocabularies are refused. Left out: sharded weights (policy and optimizer must fit one device).
 
 Sections: 1 settings, 2 the mathematics, 3 losses and teacher, 4 the algorithm (align), 5 the training loop,
 6 a language model taken apart, 7 data, 8 the demo world, 9 evaluation, 10 the run. The method is 1 to 4.
@@ -26,7 +25,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import datetime
-import functools
 import glob
 import importlib
 import inspect
@@ -38,9 +36,11 @@ import re
 import shutil
 import sys
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -59,7 +59,6 @@ from tqdm import tqdm
 # ------------------------------------------------------------------------------------------------------------
 # 1  Settings. The defaults are the paper's; DEMO is what the built-in demo sets otherwise. The comment of a
 #    setting is its text in --help.
-# ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -137,7 +136,6 @@ def parse_args(argv: list[str] | None = None) -> Args:
 # ------------------------------------------------------------------------------------------------------------
 # 2  The mathematics. Pure functions on float32 or float64; "..." stands for any leading dimensions, V for the
 #    vocabulary. Log-probabilities and KL are in nats.
-# ------------------------------------------------------------------------------------------------------------
 
 
 def token_logps(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -219,7 +217,6 @@ def reverse_kl(logits: Tensor, target_logits: Tensor) -> Tensor:
 #    or pairs): the loss and what is worth watching. It leaves scale·∇loss in the weights' .grad. The training
 #    loop passes scale = 1 / (examples of the whole optimisation batch), so neither micro-batches nor the
 #    number of processes change the gradient of given examples.
-# ------------------------------------------------------------------------------------------------------------
 
 
 def sft_batch_loss(lm: LM, batch: Batch, scale: float) -> dict[str, Tensor]:
@@ -251,19 +248,18 @@ def dpo_batch_loss(lm: LM, batch: Batch, scale: float, beta: float, reference: L
         return {"loss": (slope * token_logps(logits, batch.targets[rows])).sum()}
 
     backward_in_chunks(lm, hidden, chunk_loss, scale)
-    with torch.no_grad():
-        chosen_rewards = implicit_reward(chosen_logps, ref_chosen_logps, beta)
-        rejected_rewards = implicit_reward(rejected_logps, ref_rejected_logps, beta)
-        margins = chosen_rewards - rejected_rewards
-    return {
-        "loss": losses.detach().sum(),
-        "rewards/accuracies": (margins > 0).float().sum(),
-        "rewards/margins": margins.sum(),
-        "rewards/chosen": chosen_rewards.sum(),
-        "rewards/rejected": rejected_rewards.sum(),
-        "logps/chosen": chosen_logps.detach().sum(),
-        "logps/rejected": rejected_logps.detach().sum(),
+    chosen_rewards = implicit_reward(chosen_logps, ref_chosen_logps, beta)
+    rejected_rewards = implicit_reward(rejected_logps, ref_rejected_logps, beta)
+    watched = {
+        "loss": losses,
+        "rewards/accuracies": (chosen_rewards > rejected_rewards).float(),
+        "rewards/margins": chosen_rewards - rejected_rewards,
+        "rewards/chosen": chosen_rewards,
+        "rewards/rejected": rejected_rewards,
+        "logps/chosen": chosen_logps,
+        "logps/rejected": rejected_logps,
     }
+    return {name: values.detach().sum() for name, values in watched.items()}
 
 
 class TeacherLogits(NamedTuple):
@@ -287,7 +283,7 @@ class Teacher:
         self.base = "reverse_dpo" if self.contrastive else "reference"
         self.reward_name = "reward" if self.contrastive else "reward_dpo"
 
-    @functools.cached_property
+    @cached_property
     def lms(self) -> dict[str, LM]:
         return {"dpo": self.load("dpo"), "base": self.load(self.base)}
 
@@ -345,7 +341,6 @@ def distillation_batch_loss(lm: LM, batch: Batch, scale: float, teacher: Teacher
 
 # ------------------------------------------------------------------------------------------------------------
 # 4  The algorithm.
-# ------------------------------------------------------------------------------------------------------------
 
 
 def align(args: Args) -> dict:
@@ -400,13 +395,9 @@ def align(args: Args) -> dict:
 # 5  The training loop that all stages share, what a step trains on, and sampling. A step is a pure function
 #    of the weights, the optimizer and its number: the data's order is seeded by (seed, epoch), sampling by
 #    (seed, stage, step, rank), so a checkpoint needs no random state.
-# ------------------------------------------------------------------------------------------------------------
 
 
-def train(
-    run: Run, stage: str, start: str, pairs, examples_of: Callable, loss_of: Callable, learning_rate: float,
-    epochs: float,
-) -> str:  # fmt: skip
+def train(run: Run, stage: str, start: str, pairs, examples_of, loss_of, learning_rate, epochs) -> str:
     """Train a copy of the model `start` (folder or hub id) and return its folder, <output_dir>/<stage>.
 
     `examples_of` says what a step trains on (below), `loss_of` with which loss (section 3). AdamW, linear
@@ -425,33 +416,36 @@ def train(
 
     bar = run.bar(range(first, len(batches)), stage, initial=first, total=len(batches))
     for step in bar:
+        n, done = len(batches[step]), step + 1
         torch.manual_seed(seed_of(args.seed, stage, step, run.rank))
         rows = pairs.select(batches[step][run.rank :: run.world]).to_list()
-        examples, sums = examples_of(run, lm, rows)
+        examples, watched = examples_of(run, lm, rows)
+        sums = Counter(watched)  # its update() adds
         lm.model.train(args.gradient_checkpointing)  # layers recompute activations in training mode only
         for _, batch in micro_batches(run, examples):
-            add_up(sums, loss_of(lm, batch, scale=1 / len(batches[step])))
+            sums.update(loss_of(lm, batch, scale=1 / n))
         lm.model.eval()  # in which sampling has its cache
-        grad_norm = gather_gradients(run, lm.model, f"{stage}, step {step + 1}")
+        grad_norm = gather_gradients(run, lm.model, f"{stage}, step {done}")
         rate = learning_rate * warmup_then_cosine(step, len(batches), args.warmup_ratio)
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
 
-        line = means_over_ranks(run, sums, len(batches[step]))
-        run.log(stage, step + 1, line | {"grad_norm": grad_norm, "learning_rate": rate})
+        line = means_over_ranks(run, sums, n) | {"grad_norm": grad_norm, "learning_rate": rate}
+        run.log(stage, done, line)
         bar.set_postfix(loss=line["loss"], grad_norm=grad_norm)
-        if (step + 1) % args.save_steps == 0:
-            save_checkpoint(run, stage, lm.model, optimizer, step + 1)
-        if (step + 1) % args.save_steps == 0 or step + 1 == len(batches):
-            (tokens,) = sample(run, lm, [rows[0]["prompt"]])
-            prompt, response = run.tokenizer.batch_decode([rows[0]["prompt"][-20:], tokens[:64]])
-            run.say(f"{stage}, step {step + 1}: {prompt!r} → {response!r}")
+        if done % args.save_steps == 0:
+            save_checkpoint(run, stage, lm.model, optimizer, done)
+        if done % args.save_steps == 0 or done == len(batches):
+            prompt = rows[0]["prompt"]
+            (tokens,) = sample(run, lm, [prompt])
+            texts = run.tokenizer.batch_decode([prompt[-20:], tokens[:64]])
+            run.say(f"{stage}, step {done}: {texts[0]!r} → {texts[1]!r}")
     save_model(run, lm.model, folder)
     return str(folder)
 
 
-def batches_of(args: Args, n: int, epochs: float) -> list[list[int]]:
+def batches_of(args: Args, n: int, epochs: float):
     """Which of n records each step of a stage takes: a new seeded permutation of 0..n−1 each epoch."""
     size = min(args.batch_size, n)
     steps = min(math.ceil(epochs * n / size), args.max_steps or sys.maxsize)
@@ -482,45 +476,46 @@ def gather_gradients(run: Run, model, where: str) -> float:
     return norm
 
 
-def means_over_ranks(run: Run, sums: dict, n: int) -> dict[str, float]:
+def means_over_ranks(run: Run, sums, n: int):
     """Sums of this process → means over the n examples of all processes, as numbers."""
-    values = [torch.as_tensor(value, dtype=torch.float32, device=run.device) for value in sums.values()]
-    return dict(zip(sums, (run.total(torch.stack(values)) / n).tolist()))
+    values = torch.tensor([float(value) for value in sums.values()], device=run.device)
+    return dict(zip(sums, (run.total(values) / n).tolist()))
 
 
 # What a step trains on. Each maps (run, lm, rows of the data) to examples, which are lists of Responses that
 # stay together, and to a dict of sums over them that are logged.
 
 
-def data_responses(run: Run, lm: LM, rows: list[dict], keys: list[str]) -> tuple[list, dict]:
+def data_responses(run: Run, lm, rows, keys):
     """The data's own responses: the chosen ones (SFT, Eq. 19), or pairs, the one to prefer first (DPO)."""
     return [[Response(row["prompt"], row[key]) for key in keys] for row in rows], {}
 
 
-def own_responses(run: Run, lm: LM, rows: list[dict]) -> tuple[list, dict]:
+def own_responses(run: Run, lm: LM, rows):
     """One response of the policy to each prompt, ŷ ~ π_θ(·|x): Eq. 18. Logged: lengths, the demo's truth."""
     sampled = sample(run, lm, [row["prompt"] for row in rows])
-    clipped = [tokens[-1] not in run.stop_ids for tokens in sampled]
-    sums = {"completions/mean_length": sum(map(len, sampled)), "completions/clipped_ratio": sum(clipped)}
-    sums |= {name: sum(values) for name, values in truth(run, rows, sampled).items()}
-    return [[Response(row["prompt"], tokens)] for row, tokens in zip(rows, sampled)], sums
+    watched = {
+        "completions/mean_length": [len(tokens) for tokens in sampled],
+        "completions/clipped_ratio": [tokens[-1] not in run.stop_ids for tokens in sampled],
+        **truth(run, rows, sampled),
+    }
+    examples = [[Response(row["prompt"], tokens)] for row, tokens in zip(rows, sampled)]
+    return examples, {name: sum(values) for name, values in watched.items()}
 
 
 @torch.no_grad()
-def sample(run: Run, lm: LM, prompts: list[list[int]]) -> list[list[int]]:
-    """One response to each prompt, as token ids, drawn from the model's own distribution.
-
-    A response keeps its end token; one that the length limit cut has none. Prompts are grouped by length and
-    padded on the left. The random state is torch's global one: seed it to get the same responses.
-    """
+def sample(run: Run, lm: LM, prompts):
+    """One response to each prompt, as token ids, drawn from the model's own distribution by torch's global
+    generator. A response keeps its end token; one that the length limit cut has none."""
     args, size = run.args, run.args.sampling_batch_size
     config = transformers.GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=run.stop_ids,
         pad_token_id=run.tokenizer.pad_token_id, max_new_tokens=args.max_length - args.max_prompt_length,
     )  # fmt: skip
-    order, outputs = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), {}
-    for start in range(0, len(order), size):
-        group = order[start : start + size]
+    shortest_first = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    outputs = {}
+    for start in range(0, len(prompts), size):
+        group = shortest_first[start : start + size]
         rows = {"input_ids": [prompts[i] for i in group]}
         padded = run.tokenizer.pad(rows, padding_side="left", return_tensors="pt").to(lm.model.device)
         output = lm.generate(padded.input_ids, padded.attention_mask, config)
@@ -528,17 +523,18 @@ def sample(run: Run, lm: LM, prompts: list[list[int]]) -> list[list[int]]:
     return [until_stop(outputs[i], run.stop_ids) for i in range(len(prompts))]
 
 
-def until_stop(tokens: list[int], stop_ids: list[int]) -> list[int]:
+def until_stop(tokens, stop_ids):
     """The tokens up to and including the first one that stops; all of them if there is none."""
-    ends = [t + 1 for t, token in enumerate(tokens) if token in stop_ids]
-    return tokens[: ends[0]] if ends else tokens
+    for i, token in enumerate(tokens):
+        if token in stop_ids:
+            return tokens[: i + 1]
+    return tokens
 
 
 # ------------------------------------------------------------------------------------------------------------
 # 6  A language model taken apart. Logits over the vocabulary are what costs memory (50,257 numbers a state
 #    for GPT-2 against 768 of hidden state), so they are never made for a whole batch: the body runs first,
 #    the hidden states of the response states alone are kept, and output head and loss go over them in chunks.
-# ------------------------------------------------------------------------------------------------------------
 
 CHUNK_SIZE = 512  # states that output head and loss take at once
 
@@ -570,24 +566,20 @@ class Batch:
 def collate(examples: list[list[Response]], pad_id: int, device="cpu") -> Batch:
     """[[Response, ...], ...] → Batch: the first response of every example, then the second ones."""
     responses = [response for part in zip(*examples, strict=True) for response in part]
-    rows = [torch.tensor(response.prompt + response.tokens) for response in responses]
+    rows = [torch.tensor(x.prompt + x.tokens) for x in responses]
+    masks = [torch.tensor([False] * (len(x.prompt) - 1) + [True] * len(x.tokens)) for x in responses]
     input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)
-    lengths = torch.tensor([len(response.tokens) for response in responses])
-    states = []
-    for row, response in enumerate(responses):
-        first = row * input_ids.shape[1] + len(response.prompt) - 1
-        states += range(first, first + len(response.tokens))
-    states = torch.tensor(states)
-    owner = torch.arange(len(responses)).repeat_interleave(lengths)
-    tensors = (input_ids, states, input_ids.flatten()[states + 1], owner, 1 / lengths[owner])
-    return Batch(*[tensor.to(device) for tensor in tensors])
+    mask = torch.nn.utils.rnn.pad_sequence(masks, batch_first=True)
+    response, position = mask.nonzero(as_tuple=True)
+    states = response * input_ids.shape[1] + position
+    targets, weights = input_ids[response, position + 1], 1 / mask.sum(1)[response]
+    return Batch(*[tensor.to(device) for tensor in (input_ids, states, targets, response, weights)])
 
 
-def micro_batches(run: Run, examples: list[list[Response]]) -> Iterator[tuple[list[int], Batch]]:
-    """Yield (indices of examples, Batch) until every example had its turn.
+def micro_batches(run: Run, examples: list[list[Response]]):
+    """Yield (indices of examples, Batch) until every example had its turn, the longest first.
 
-    Examples are sorted by length and cut where a micro-batch would pad to more than `tokens_per_micro_batch`
-    tokens. The responses of one example stay together; longer ones are a micro-batch of their own.
+    A micro-batch is padded to at most `tokens_per_micro_batch` tokens; an example is never split.
     """
     widths = [max(len(x.prompt) + len(x.tokens) for x in example) for example in examples]
     order = sorted(range(len(examples)), key=widths.__getitem__, reverse=True)
@@ -609,7 +601,7 @@ class LM:
     def __init__(self, model, precision: str = "float32", head_device=None, tokenizer=None):
         self.model, self.precision, self.tokenizer = model.eval(), precision, tokenizer
         self.head = model.get_output_embeddings()
-        if head_device is not None and head_device != self.head.weight.device:
+        if head_device not in (None, self.head.weight.device):
             self.head = copy.deepcopy(self.head).to(head_device)
         config = model.config.get_text_config()
         self.scale = getattr(config, "logit_scale", None) or 1.0
@@ -637,10 +629,8 @@ class LM:
         return logits
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor, config):
-        """model.generate() by `config` alone. Prompts (B, T) are padded on the left, where the mask is 0.
-
-        What it leaves unset, generate() would take from the checkpoint's own: a repetition penalty, say.
-        """
+        """model.generate() by `config` alone: what that leaves unset, generate() would take from the
+        checkpoint's own (a repetition penalty, say). Prompts (B, T) are padded on the left (mask 0)."""
         checkpoint_config, self.model.generation_config = self.model.generation_config, config
         with self.autocast():
             output = self.model.generate(input_ids, attention_mask=attention_mask, generation_config=config)
@@ -648,25 +638,21 @@ class LM:
         return output
 
 
-def chunks(hidden: Tensor) -> list[slice]:
-    """Slices of at most CHUNK_SIZE states that cover hidden (N, ...)."""
-    return [slice(start, start + CHUNK_SIZE) for start in range(0, len(hidden), CHUNK_SIZE)]
-
-
-def backward_in_chunks(lm: LM, hidden: Tensor, chunk_loss: Callable, scale: float) -> dict[str, Tensor]:
+def backward_in_chunks(lm: LM, hidden: Tensor, chunk_loss, scale: float):
     """The sums of chunk_loss(logits, rows) over all chunks; leaves scale·∇(sum of "loss") in .grad.
 
     A chunk's gradient is taken at once, down to its hidden states (N, hidden size), so that no more than one
     chunk's logits are alive; one backward pass through the body follows. Exact, because the loss is a sum
     over states.
     """
-    sums, hidden_grad = {}, torch.empty_like(hidden)
-    for rows in chunks(hidden):
+    sums, hidden_grad = Counter(), torch.empty_like(hidden)
+    for start in range(0, len(hidden), CHUNK_SIZE):
+        rows = slice(start, start + CHUNK_SIZE)
         chunk = hidden[rows].detach().requires_grad_()
         values = chunk_loss(lm.logits(chunk), rows)
         (scale * values["loss"]).backward()
         hidden_grad[rows] = chunk.grad
-        add_up(sums, {name: value.detach() for name, value in values.items()})
+        sums.update({name: value.detach() for name, value in values.items()})  # a Counter's update() adds
     hidden.backward(hidden_grad)
     return sums
 
@@ -675,21 +661,15 @@ def backward_in_chunks(lm: LM, hidden: Tensor, chunk_loss: Callable, scale: floa
 def response_logps(lm: LM, batch: Batch, hidden: Tensor) -> Tensor:
     """log π(y|x) of every response, (B,), from hidden = lm.hidden(batch). No gradient."""
     logps = batch.weights.new_zeros(len(batch.input_ids))
-    for rows in chunks(hidden):
+    for start in range(0, len(hidden), CHUNK_SIZE):
+        rows = slice(start, start + CHUNK_SIZE)
         logps.index_add_(0, batch.response[rows], token_logps(lm.logits(hidden[rows]), batch.targets[rows]))
     return logps
-
-
-def add_up(sums: dict, values: dict) -> None:
-    """Add values to the sums of the same names, in place."""
-    for name, value in values.items():
-        sums[name] = sums.get(name, 0) + value
 
 
 # ------------------------------------------------------------------------------------------------------------
 # 7  Data: from any preference format to token ids. For a chat model its own template is the only source: a
 #    response is the rendering of the whole conversation minus that of the prompt, up to the first stop token.
-# ------------------------------------------------------------------------------------------------------------
 
 FILE_KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 # What stands in columns of these names is part of the question, or the data are not what they seem.
@@ -698,11 +678,9 @@ UNREAD_COLUMNS = """question instruction query problem input context system syst
 BEYOND_TEXT = {"tool_calls", "tool_call_id", "reasoning_content", "reasoning", "thinking"}  # of a message
 
 
-def load_pairs(run: Run) -> tuple:
-    """(training pairs, held-out pairs), data sets of the rows of `encode_record`.
-
-    Without a test split a tenth of the prompts is held out. Raises BadInput if there is nothing to use.
-    """
+def load_pairs(run: Run):
+    """(training pairs, held-out pairs), data sets of the rows of `encode_record`. Without a test split, a
+    tenth of the prompts is held out. Raises BadInput if there is nothing to use."""
     args, splits = run.args, read_splits(run.args)
     train_split = args.train_split or ("train_prefs" if "train_prefs" in splits else "train")
     test_split = args.test_split or train_split.replace("train", "test")
@@ -722,33 +700,32 @@ def load_pairs(run: Run) -> tuple:
     return datasets.Dataset.from_list(train_rows), datasets.Dataset.from_list(test_rows)
 
 
-def read_splits(args: Args) -> dict:
+def read_splits(args: Args):
     """The splits by name of a local file or folder, a hub data set or the demo."""
     if args.dataset == "demo":
         return {"train": demo_records(6144, args.seed), "test": demo_records(1024, args.seed + 10**6)}
-    name, config = args.dataset, None
+    name, config, options = args.dataset, None, {}
     if not os.path.exists(name):  # an existing path may hold a colon of its own
         name, _, config = name.partition(":")
     kind = FILE_KINDS.get(Path(name.removesuffix(".gz")).suffix.lower())
-    if os.path.isfile(name) and not kind:
-        raise BadInput(f"--dataset {name}: files that are read end in {', '.join(FILE_KINDS)} (or .gz)")
-    if os.path.isdir(name) and glob.escape(name) != name:
-        raise BadInput(f"--dataset {name}: rename the folder, its name would be taken for a pattern")
-    if Path(name, "state.json").exists() or Path(name, "dataset_dict.json").exists():
-        raise BadInput(f"--dataset {name} was written by save_to_disk: write it with to_parquet or to_json")
-    options = {"data_files": glob.escape(name)} if kind else {}
+    if kind:
+        options["data_files"] = glob.escape(name)
     if kind == "csv":  # as text, or pandas takes "NA" for a missing value
         options |= {"dtype": str, "keep_default_na": False}
-    with or_refuse(f"--dataset {args.dataset} cannot be read"):
+    with or_refuse(f"--dataset {name} cannot be read"):
+        if os.path.isfile(name) and not kind:
+            raise ValueError(f"the name must end in {', '.join(FILE_KINDS)}, or in .gz after that")
+        if os.path.isdir(name) and glob.escape(name) != name:
+            raise ValueError("the folder's name would be taken for a pattern: rename it")
+        if Path(name, "state.json").exists() or Path(name, "dataset_dict.json").exists():
+            raise ValueError("it is of save_to_disk: write it with to_parquet or to_json")
         return datasets.load_dataset(kind or name, config or None, **options)
 
 
-def encode(run: Run, records, limit: int | None) -> list[dict]:
+def encode(run: Run, records, limit):
     """The first `limit` records, tokenized; says how many were cut and left out."""
     name = run.args.dataset
-    if not {"chosen", "rejected"} <= set(records.column_names):
-        raise BadInput(f"--dataset {name} needs columns chosen and rejected, it has {records.column_names}")
-    records = run.bar(records.take(min(limit or len(records), len(records))), f"reading {name}")
+    records = run.bar(records.select(range(len(records))[:limit]), f"reading {name}")
     rows = [encode_record(run, record, number) for number, record in enumerate(records)]
     usable = [row for row in rows if row["chosen"] != row["rejected"]]
     left_out = f"{len(rows) - len(usable)} left out (empty or identical responses, different prompts)"
@@ -756,34 +733,37 @@ def encode(run: Run, records, limit: int | None) -> list[dict]:
     return usable
 
 
-def encode_record(run: Run, record: dict, number: int) -> dict:
+def encode_record(run: Run, record, number: int):
     """A record, the `number`th of its source → a row: prompt, chosen and rejected as token ids, whether they
     are cut, and the instruction as people read it. A pair of no use has two empty responses. Raises BadInput
     naming the record's place."""
     row = {"record": number, "prompt": [], "chosen": [], "rejected": [], "cut": False}
-    try:
+    with or_refuse(f"{run.args.dataset}: fix or remove record {number}, counted from 0"):
         prompt, chosen, rejected = split_record(record)
-        row["instruction"] = prompt if isinstance(prompt, str) else "\n\n".join(x["content"] for x in prompt)
-        check_columns(record, row["instruction"])
+        question = prompt if isinstance(prompt, str) else "\n\n".join(x["content"] for x in prompt)
+        for name in UNREAD_COLUMNS:
+            if record.get(name) and str(record[name]).strip() not in question:
+                raise ValueError(f"column '{name}' is not read: make it a part of 'prompt'")
+        if not question and record.get("prompt") is None and len(record) > 2:
+            raise ValueError(f"no question: rename its column to 'prompt' (there are {', '.join(record)})")
+        row["instruction"] = question
         if chosen["content"].strip() and rejected["content"].strip():
             texts_of = run.chat.texts_of if run.chat else partial(plain_texts, end=run.tokenizer.eos_token)
             row |= token_ids(run, *texts_of(prompt, chosen, rejected))
         return row
-    except Exception as error:  # ours, or whatever the model's chat template raises
-        place = f"{run.args.dataset}, record {number} (the first is 0)"
-        raise BadInput(f"{place}: {one_line(error)}; fix or remove it") from error
 
 
-def token_ids(run: Run, prompt: str, chosen: str, rejected: str) -> dict:
+def token_ids(run: Run, prompt: str, chosen: str, rejected: str):
     """The texts of a pair → token ids, cut to the lengths: a response loses its end, a prompt its beginning,
     but for what begins every text of the model. Raises ValueError for a response without an end token."""
     args, tokenizer = run.args, run.tokenizer
-    whole = run.first_ids + tokenizer(prompt, add_special_tokens=False).input_ids
-    whole = whole or run.stop_ids[:1]  # an empty prompt still needs a state to predict from
-    begin = [i for i in whole[:2] if i in (*run.first_ids, tokenizer.bos_token_id)]
-    room = args.max_prompt_length - len(begin)
-    ids = begin + whole[len(whole) - room :] if len(whole) > args.max_prompt_length else whole
-    row = {"prompt": ids, "cut": ids != whole}
+    ids = run.first_ids + tokenizer(prompt, add_special_tokens=False).input_ids
+    ids = ids or run.stop_ids[:1]  # an empty prompt still needs a state to predict from
+    surplus = len(ids) - args.max_prompt_length
+    if surplus > 0:
+        begin = [i for i in ids[:2] if i in (*run.first_ids, tokenizer.bos_token_id)]
+        ids = begin + ids[surplus + len(begin) :]
+    row = {"prompt": ids, "cut": surplus > 0}
     for name, text in (("chosen", chosen), ("rejected", rejected)):
         response = until_stop(response_ids(tokenizer, prompt, text), run.stop_ids)
         if response[-1] not in run.stop_ids:
@@ -793,12 +773,9 @@ def token_ids(run: Run, prompt: str, chosen: str, rejected: str) -> dict:
     return row
 
 
-def response_ids(tokenizer, prompt: str, response: str) -> list[int]:
-    """The ids of a response as they follow its prompt's.
-
-    Where a merge would cross the boundary, the prompt's ids are no beginning of the whole's; then another
-    text stands before: tokenizers like SentencePiece's put a space before a text that stands alone.
-    """
+def response_ids(tokenizer, prompt: str, response: str):
+    """The ids of a response as they follow its prompt's. Where a merge would cross the boundary, another text
+    stands before: tokenizers like SentencePiece's put a space before a text that stands alone."""
     for before in (prompt, "\n", ":", "a", ""):
         start = tokenizer(before, add_special_tokens=False).input_ids
         whole = tokenizer(before + response, add_special_tokens=False).input_ids
@@ -806,7 +783,7 @@ def response_ids(tokenizer, prompt: str, response: str) -> list[int]:
             return whole[len(start) :]
 
 
-def split_record(record: dict) -> tuple:
+def split_record(record):
     """A record of any of TRL's preference formats, or of hh-rlhf → (prompt, chosen, rejected answer).
 
     The prompt is text, or a list of messages, which may end with the beginning of the answer. An answer is a
@@ -815,27 +792,28 @@ def split_record(record: dict) -> tuple:
     """
     prompt, chosen, rejected = (read_field(record, key) for key in ("prompt", "chosen", "rejected"))
     if chosen is None or type(chosen) is not type(rejected):
-        raise ValueError("'chosen' and 'rejected' must be two texts or two conversations")
+        columns = ", ".join(record)
+        raise ValueError(f"'chosen' and 'rejected' must be two texts or two conversations (it has {columns})")
     if prompt is None and messages_of(chosen):
         chosen, rejected = messages_of(chosen), messages_of(rejected)
     elif messages_of(prompt):
         prompt, chosen, rejected = messages_of(prompt), chosen.strip(), rejected.strip()
     if isinstance(chosen, list):
         return split_conversations(prompt, chosen, rejected)
-    if prompt is None:  # implicit: the longest common prefix, cut back to a word boundary
-        prompt = os.path.commonprefix([chosen, rejected])
-        if not all(text[len(prompt) :][:1].strip() == "" for text in (chosen, rejected)):
-            prompt = re.match(r"(.*(?=\s))?", prompt, re.DOTALL)[0]
+    if prompt is None:  # implicit: the words that both begin with
+        words = [re.findall(r"\s?\S*", text) for text in (chosen, rejected)]
+        prompt = "".join(os.path.commonprefix(words))
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]  # "" if one begins the other
     return prompt, {"role": "assistant", "content": chosen}, {"role": "assistant", "content": rejected}
 
 
-def split_conversations(prompt, chosen: list[dict], rejected: list[dict]) -> tuple:
+def split_conversations(prompt, chosen, rejected):
     """`split_record` where the answers are conversations, which may repeat the prompt."""
     if not (chosen and rejected) or {chosen[-1]["role"], rejected[-1]["role"]} != {"assistant"}:
         raise ValueError("'chosen' or 'rejected' does not end with a message of the assistant")
-    before, answer, other = chosen[:-1], chosen[-1], rejected[-1]
-    if before != rejected[:-1]:
+    *before, answer = chosen
+    *other_before, other = rejected
+    if other_before != before:
         other = {"role": "assistant", "content": ""}
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
@@ -848,15 +826,11 @@ def split_conversations(prompt, chosen: list[dict], rejected: list[dict]) -> tup
     return before, answer, other
 
 
-def read_field(record: dict, key: str):
-    """A field: text, or a list of messages with their content as text; None if it is missing.
-
-    Keys of a message that only other records have, which are null, are left out.
-    """
-    value = record.get(key)
+def read_field(record, key: str):
+    """A field: text, or messages with their content as text and without null keys; None if missing."""
+    value, messages = record.get(key), []
     if value is None or isinstance(value, str):
         return value
-    messages = []
     try:
         for message in value:
             content = message["content"] or ""
@@ -869,17 +843,8 @@ def read_field(record: dict, key: str):
     return messages
 
 
-def check_columns(record: dict, question: str) -> None:
-    """Raise ValueError if a part of the question stands in a column that is not read."""
-    for name in UNREAD_COLUMNS:
-        if record.get(name) and str(record[name]).strip() not in question:
-            raise ValueError(f"column '{name}' is not read: make it a part of 'prompt'")
-    if not question and record.get("prompt") is None and len(record) > 2:
-        raise ValueError(f"no question: rename its column to 'prompt' (there are {', '.join(record)})")
-
-
-def messages_of(transcript) -> list[dict]:
-    """A transcript like hh-rlhf's, "\\n\\nHuman: … \\n\\nAssistant: …", as messages; none of anything else."""
+def messages_of(transcript):
+    """A transcript like hh-rlhf's, "\\n\\nHuman: … \\n\\nAssistant: …", as messages; [] if it is none."""
     messages = []
     if isinstance(transcript, str) and transcript.startswith("\n\nHuman:"):
         for turn in re.split(r"\n\n(?=Human:|Assistant:)", transcript)[1:]:
@@ -888,14 +853,15 @@ def messages_of(transcript) -> list[dict]:
     return messages
 
 
-def plain_texts(prompt, chosen: dict, rejected: dict, end: str) -> list[str]:
+def plain_texts(prompt, chosen, rejected, end: str):
     """Prompt, chosen and rejected response as texts where no chat template writes them."""
     if isinstance(prompt, list):
         if any(BEYOND_TEXT & set(message) for message in [*prompt, chosen, rejected]):
             raise ValueError("a message holds more than text, which needs a model with a chat template")
         turns = [f"{message['role'].capitalize()}:\n{message['content']}" for message in prompt]
-        begun = prompt[-1]["role"] == "assistant"
-        prompt = "\n\n".join(turns if begun else [*turns, "Assistant:\n"])
+        if prompt[-1]["role"] != "assistant":  # else the responses continue that turn
+            turns.append("Assistant:\n")
+        prompt = "\n\n".join(turns)
     elif prompt and not prompt[-1].isspace() and not chosen["content"][:1].isspace():
         prompt += "\n"
     return [prompt, chosen["content"] + end, rejected["content"] + end]
@@ -907,20 +873,20 @@ same_day = datetime.datetime(2025, 1, 1).strftime  # for templates that write th
 class ChatTemplate:
     """A model's own chat template, and what one short conversation tells about it.
 
-    `header`: what it writes before an answer, but not as a generation prompt. `surplus`: how many characters
-    of its generation prompt do not stand before an answer (R1's "<think>"). `end_id`: the token that ends an
+    `header`: what it writes before an answer, but not as a generation prompt. `surplus`: the end of its
+    generation prompt that does not stand before an answer (R1's "<think>"). `end_id`: the token that ends an
     answer. Raises ValueError for a template that cannot be used.
     """
 
     def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
+        self.tokenizer, self.header = tokenizer, ""
         question, answer = {"role": "user", "content": "giraffe"}, {"role": "assistant", "content": "zebra"}
         prompt = self.render([question], add_generation_prompt=True)
         whole = self.render([question, answer])
         shared = os.path.commonprefix([prompt, whole])
         if "giraffe" not in shared or "zebra" not in whole:
             raise ValueError("it does not write a message's text as it is")
-        self.surplus, self.header = len(prompt) - len(shared), ""
+        self.surplus = prompt[len(shared) :]
         if prompt == self.render([question]):
             self.header = whole[len(shared) : whole.index("zebra")].rstrip(" ")
         after = tokenizer(whole.rpartition("zebra")[2], add_special_tokens=False).input_ids
@@ -929,11 +895,11 @@ class ChatTemplate:
             raise ValueError("it writes no end token after an answer")
         self.end_id = ends[0]
 
-    def render(self, messages: list[dict], **options) -> str:
+    def render(self, messages, **options) -> str:
         """Messages as the template writes them, always on the same day: a run goes on tomorrow."""
         return self.tokenizer.apply_chat_template(messages, tokenize=False, strftime_now=same_day, **options)
 
-    def texts_of(self, prompt, chosen: dict, rejected: dict) -> list[str]:
+    def texts_of(self, prompt, chosen, rejected):
         """Prompt, chosen and rejected response as texts: a response is the whole minus the prompt."""
         if isinstance(prompt, str):
             if self.tokenizer.decode(self.end_id) in prompt:
@@ -942,8 +908,8 @@ class ChatTemplate:
         begun = ""
         if prompt[-1]["role"] == "assistant":  # the answer's beginning, which the responses continue
             prompt, begun = prompt[:-1], prompt[-1]["content"]
-        text = self.render(prompt, add_generation_prompt=True)
-        text = text[: len(text) - self.surplus] + self.header + begun
+        text = self.render(prompt, add_generation_prompt=True).removesuffix(self.surplus)
+        text += self.header + begun
         for message in prompt:
             if message["role"] not in ("assistant", "tool") and message["content"].strip() not in text:
                 raise ValueError(f"the chat template leaves out a message with role '{message['role']}'")
@@ -959,7 +925,6 @@ class ChatTemplate:
 # ------------------------------------------------------------------------------------------------------------
 # 8  The demo world: reviews in plain English, "the bed was superb but the staff was not good .", whose true
 #    reward is known.
-# ------------------------------------------------------------------------------------------------------------
 
 THINGS = {
     "hotel": "room bed staff breakfast", "cafe": "coffee cake staff music", "film": "plot cast music ending",
@@ -975,7 +940,6 @@ JOINS = ["and", "but", ","]
 ASKING = ["write a review of the {} .", "how was the {} ?", "what did you think of the {} ?"]
 DEMO_TEXT = " ".join([*ASKING, *THINGS, *THINGS.values(), *VALENCE, *JOINS, "not"])
 DEMO_WORDS = sorted(set(DEMO_TEXT.split()) - {"{}"})
-BROKEN = -2.0  # as the worst opinion
 
 
 def well_formed(prompt: str, review: str) -> bool:
@@ -986,17 +950,14 @@ def well_formed(prompt: str, review: str) -> bool:
 
 
 def true_reward(prompt: str, review: str) -> float:
-    """The mean over a review's opinions, in [-2, 2], so length earns nothing; -2 if it is not well-formed.
-
-    An opinion earns its valence: "superb" 2; "not" turns its sign.
-    """
+    """The mean valence of a review's opinions ("not" turns it), in [-2, 2]; -2 if it is not well-formed."""
     if not well_formed(prompt, review):
-        return BROKEN
+        return -2.0
     opinions = re.findall(r"was (not )?(\w+)", review)
     return sum(VALENCE[word] * (-1 if negation else 1) for negation, word in opinions) / len(opinions)
 
 
-def truth(run: Run, rows: list[dict], sampled: list[list[int]]) -> dict[str, list]:
+def truth(run: Run, rows, sampled):
     """The truth about sampled responses to the rows' prompts, a list each; nothing but the demo has it."""
     if run.args.dataset != "demo":
         return {}
@@ -1007,13 +968,14 @@ def truth(run: Run, rows: list[dict], sampled: list[list[int]]) -> dict[str, lis
 
 
 def demo_review(generator: random.Random, thing: str) -> str:
-    """A review by somebody who liked nearly all or nearly nothing; "not" stands before a third of opinions."""
+    """A review by somebody who liked nearly all or nearly nothing; a third of the opinions has "not"."""
     mood, review = generator.betavariate(0.1, 0.1), ""
     for part in generator.sample(THINGS[thing].split(), generator.randint(1, 4)):
         good, negated = generator.random() < mood, generator.random() < 0.35
         opinion = generator.choice([word for word in VALENCE if (VALENCE[word] > 0) == (good != negated)])
-        join = f" {generator.choice(JOINS)} " if review else ""
-        review += f"{join}the {part} was {'not ' if negated else ''}{opinion}"
+        if review:
+            review += f" {generator.choice(JOINS)} "
+        review += f"the {part} was {'not ' if negated else ''}{opinion}"
     return review + " ."
 
 
@@ -1056,10 +1018,9 @@ def demo_model(seed: int):
 # ------------------------------------------------------------------------------------------------------------
 # 9  Evaluation, on one process and always in float32: tables of log π(y), a row a response, a column a model.
 #    Reward, KL from π_ref, entropy and accuracy are their differences.
-# ------------------------------------------------------------------------------------------------------------
 
 
-def evaluate(run: Run, folders: dict[str, str], test_pairs, precision: dict) -> dict:
+def evaluate(run: Run, folders, test_pairs, precision):
     """Compare π_ref, π_dpo, π_dpo⁻ (if there is one) and the policy; write and print what is found.
 
     `models`: means over each model's own responses to held-out prompts, and half of a 95 % interval (`_pm`).
@@ -1075,13 +1036,13 @@ def evaluate(run: Run, folders: dict[str, str], test_pairs, precision: dict) -> 
         return json.loads(path.read_text(encoding="utf-8"))
     torch.set_float32_matmul_precision("highest")
     lms = {name: load_lm(run, folder, precision="float32") for name, folder in folders.items()}
-    rows = test_pairs.take(min(args.eval_prompts, len(test_pairs))).to_list()
+    rows = list(islice(test_pairs, args.eval_prompts))
     samples = pd.concat([own_samples(run, lms, name, rows) for name in lms], ignore_index=True)
     judge = "judge" if args.judge else "true_reward"
     if args.judge:
-        samples["judge"] = judge_scores(run, samples["instruction"], samples["output"])
+        samples[judge] = judge_scores(run, samples["instruction"], samples["output"])
     if judge in samples:
-        gap = samples[judge] - samples[judge].tolist()[: len(rows)] * len(lms)  # the reference's come first
+        gap = samples[judge] - np.tile(samples[judge][: len(rows)], len(lms))  # the reference's come first
         samples["win_rate"] = (gap > 0) + 0.5 * (gap == 0)
     groups = samples.groupby("generator", sort=False)
     half_intervals = 1.96 * groups.sem(numeric_only=True)
@@ -1095,7 +1056,8 @@ def evaluate(run: Run, folders: dict[str, str], test_pairs, precision: dict) -> 
     if "reverse_dpo" in lms:
         right["reverse"] = margins["reference"] > margins["reverse_dpo"]
         right["contrastive"] = margins["dpo"] > margins["reverse_dpo"]
-    accuracy = pd.DataFrame({"accuracy": right.mean(), "accuracy_pm": 1.96 * right.sem(), "pairs": len(right)})
+    accuracy = pd.DataFrame({"accuracy": right.mean(), "accuracy_pm": 1.96 * right.sem()})
+    accuracy["pairs"] = len(right)
 
     results = {"models": models.to_dict("index"), "reward_accuracy": accuracy.to_dict("index"), **precision}
     write_json(run.out / "samples.json", samples.to_dict("records"))
@@ -1109,25 +1071,30 @@ def evaluate(run: Run, folders: dict[str, str], test_pairs, precision: dict) -> 
     return results
 
 
-def own_samples(run: Run, lms: dict[str, LM], name: str, rows: list[dict]) -> pd.DataFrame:
+def own_samples(run: Run, lms, name: str, rows) -> pd.DataFrame:
     """One response of lms[name] to each row's prompt, as a table in AlpacaEval's form with more columns."""
-    teacher = Teacher(run.args, lms.get)
     torch.manual_seed(seed_of(run.args.seed, "evaluation"))  # the same random numbers for every model
     sampled = sample(run, lms[name], [row["prompt"] for row in rows])
     responses = [Response(row["prompt"], tokens) for row, tokens in zip(rows, sampled)]
     logps = {other: logps_of(run, lm, responses) for other, lm in lms.items()}
-    table = pd.DataFrame({"instruction": [row["instruction"] for row in rows], "token_ids": sampled})
-    table["output"], table["generator"] = run.tokenizer.batch_decode(sampled, skip_special_tokens=True), name
-    table["length"] = [len(tokens) for tokens in sampled]
-    table["clipped"] = [float(tokens[-1] not in run.stop_ids) for tokens in sampled]
-    table["kl_ref"] = logps[name] - logps["reference"]
-    table["entropy"] = -logps[name] / table["length"]
-    table[teacher.reward_name] = implicit_reward(logps["dpo"], logps[teacher.base], run.args.beta)
-    return table.assign(**truth(run, rows, sampled))
+    teacher = Teacher(run.args, lms.get)
+    lengths = [len(tokens) for tokens in sampled]
+    columns = {
+        "instruction": [row["instruction"] for row in rows],
+        "token_ids": sampled,
+        "output": run.tokenizer.batch_decode(sampled, skip_special_tokens=True),
+        "generator": name,
+        "length": lengths,
+        "clipped": [float(tokens[-1] not in run.stop_ids) for tokens in sampled],
+        "kl_ref": logps[name] - logps["reference"],
+        "entropy": -logps[name] / lengths,
+        teacher.reward_name: implicit_reward(logps["dpo"], logps[teacher.base], run.args.beta),
+    }
+    return pd.DataFrame(columns | truth(run, rows, sampled))
 
 
 @torch.no_grad()
-def logps_of(run: Run, lm: LM, responses: list[Response]) -> np.ndarray:
+def logps_of(run: Run, lm: LM, responses) -> np.ndarray:
     """log π(y|x) of each response, (n,)."""
     logps = np.zeros(len(responses))
     batches = list(micro_batches(run, [[response] for response in responses]))
@@ -1137,11 +1104,9 @@ def logps_of(run: Run, lm: LM, responses: list[Response]) -> np.ndarray:
 
 
 @torch.no_grad()
-def judge_scores(run: Run, instructions, outputs) -> list[float]:
-    """The judge's score of every output, by its own chat template, or as a pair of texts if it has none.
-
-    A prompt of several turns is given to it as one message. Raises BadInput unless it has one output.
-    """
+def judge_scores(run: Run, instructions, outputs):
+    """The judge's score of every output, by its own chat template, or as a pair of texts if it has none. A
+    prompt of several turns is given to it as one message. Raises BadInput unless it has one output."""
     model, tokenizer = load_pretrained(transformers.AutoModelForSequenceClassification, run.args.judge)
     if model.config.num_labels != 1:
         raise BadInput(f"--judge has {model.config.num_labels} outputs: name a reward model; it has one")
@@ -1150,8 +1115,9 @@ def judge_scores(run: Run, instructions, outputs) -> list[float]:
     for instruction, output in run.bar(list(zip(instructions, outputs)), "judging", leave=False):
         if tokenizer.chat_template:
             talk = [{"role": "user", "content": instruction}, {"role": "assistant", "content": output}]
-            text = tokenizer.apply_chat_template(talk, tokenize=False, strftime_now=same_day)
-            inputs = tokenizer(text, add_special_tokens=False, truncation=True, return_tensors="pt")
+            inputs = tokenizer.apply_chat_template(
+                talk, truncation=True, return_tensors="pt", return_dict=True, strftime_now=same_day
+            )
         else:
             inputs = tokenizer(instruction, output, truncation=True, return_tensors="pt")
         scores.append(model(**inputs.to(run.device)).logits.item())
@@ -1159,13 +1125,13 @@ def judge_scores(run: Run, instructions, outputs) -> list[float]:
 
 
 @torch.no_grad()
-def precision_report(run: Run, teacher: Teacher, pairs) -> dict:
+def precision_report(run: Run, teacher: Teacher, pairs):
     """What coarse products leave of the teacher, on one batch: what share of z_dpo − z_base survives (the
     length of its projection on the true one), and KL(true teacher ‖ coarse one) in nats a token."""
     coarse, found = run.args.precision, {}
     if coarse == "float32":
         return {}
-    examples, _ = data_responses(run, None, pairs.take(min(16, len(pairs))).to_list(), ["chosen"])
+    examples, _ = data_responses(run, None, islice(pairs, 16), ["chosen"])
     _, batch = next(micro_batches(run, examples))
     for precision in ("float32", coarse):
         torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
@@ -1183,7 +1149,6 @@ def precision_report(run: Run, teacher: Teacher, pairs) -> dict:
 
 # ------------------------------------------------------------------------------------------------------------
 # 10  The run: errors, checks, devices and processes, models, files.
-# ------------------------------------------------------------------------------------------------------------
 
 
 class BadInput(Exception):
@@ -1209,16 +1174,16 @@ def one_line(error: BaseException) -> str:
 
 
 @or_refuse("the run cannot start")
-def set_up(args: Args) -> tuple:
+def set_up(args: Args):
     """Check all that can be checked before training, open the output folder: (run, two sets of pairs)."""
-    for name, value in asdict(args).items():
+    for name, value in vars(args).items():
         may_be_0 = name in ("alpha", "alpha_r", "warmup_ratio", "seed")
         if type(value) in (int, float) and not (value > 0 or (may_be_0 and value == 0)):
             raise BadInput(f"--{name} {value} is out of range")
     if args.alpha == 0 and args.reward == "vanilla":
         raise BadInput("--alpha 0 --reward vanilla distils the reference into itself: use contrastive")
     if args.model == "demo" and args.dataset != "demo":
-        raise BadInput(f"--model demo knows the words of the demo only: name a model for {args.dataset}")
+        raise BadInput("--model demo knows the words of the demo only: name a model for this --dataset")
     transformers.logging.set_verbosity_error()  # what matters is told here
     transformers.logging.disable_progress_bar()
     datasets.logging.set_verbosity_error()
@@ -1238,8 +1203,7 @@ def set_up(args: Args) -> tuple:
     args.max_length = args.max_length or min(2048, positions)
     args.max_prompt_length = args.max_prompt_length or args.max_length // 2
     if not args.max_prompt_length + 1 < args.max_length <= positions:
-        limits = f"more than --max_prompt_length {args.max_prompt_length}, at most {positions} positions"
-        raise BadInput(f"--max_length {args.max_length} is out of range: {limits}")
+        raise BadInput(f"--max_length must be over --max_prompt_length + 1, and at most {positions}")
     if args.alpha_r is None:
         args.alpha_r = 20.0 if args.off_policy else 30.0
     if args.sft is None:
@@ -1272,11 +1236,11 @@ class Run:
             with or_refuse("WORLD_SIZE is set: start several processes with torchrun, or unset it"):
                 dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
 
-    def read_tokenizer(self, lm: LM) -> None:
+    def read_tokenizer(self, lm: LM):
         """Find what begins, stops and pads a text. Raises BadInput if the model cannot be used with it.
 
-        Of `stop_ids` the first is trained on: what the chat template puts after an answer, or
-        end-of-sequence. The others stop sampling, too: end-of-sequence, and what the checkpoint names.
+        The first of `stop_ids` is trained on: what the chat template puts after an answer, or the end of
+        sequence. All of them stop sampling: the end of sequence, too, and what the checkpoint names.
         """
         self.tokenizer = tokenizer = lm.tokenizer
         if tokenizer.eos_token_id is None:
@@ -1294,33 +1258,33 @@ class Run:
             alone, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
             self.first_ids = whole[: whole.index(alone[0])]
 
-    def open_output(self) -> None:
+    def open_output(self):
         """Make the output folder, or go on with the run in it. Raises BadInput if it is of other settings."""
-        settings, config = asdict(self.args), self.out / "config.json"
-        saved = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
-        if not saved and any(self.out.glob("[!.]*")):
-            raise BadInput(f"output folder {self.out} holds files and no run of this script; choose another")
-        for name, value in saved.items():
-            if name not in FREE_SETTINGS and value != settings.get(name):
-                change = f"{name} {value} → {settings.get(name)}"
-                raise BadInput(f"{self.out} is of a run with other settings ({change}); choose another")
+        settings, config = vars(self.args), self.out / "config.json"
+        if config.exists():
+            for name, value in json.loads(config.read_text(encoding="utf-8")).items():
+                if name not in FREE_SETTINGS and value != settings.get(name):
+                    change = f"{name} {value} → {settings.get(name)}"
+                    raise BadInput(f"{self.out} is of a run with other settings ({change}); choose another")
+        elif any(self.out.glob("[!.]*")):
+            raise BadInput(f"output folder {self.out} holds other files; choose another")
         if self.rank == 0:
             self.out.mkdir(parents=True, exist_ok=True)
             write_json(config, settings)
         if self.tracker:
             self.tracker.init(project="aligndistil", name=self.out.name, config=settings)
 
-    def log(self, stage: str, step: int, line: dict) -> None:
+    def log(self, stage: str, step: int, line):
         """Add a line to metrics.jsonl, and to the tracker if there is one."""
-        path = self.out / "metrics.jsonl"
-        with or_refuse(f"{path} cannot be written: make room and run the same command"):
-            if self.rank == 0:
-                with open(path, "a") as file:
-                    file.write(json.dumps({"stage": stage, "step": step, **line}) + "\n")
+        if self.rank > 0:
+            return
+        with or_refuse("metrics.jsonl cannot be written: make room and run the same command"):
+            with open(self.out / "metrics.jsonl", "a") as file:
+                file.write(json.dumps({"stage": stage, "step": step, **line}) + "\n")
         if self.tracker:
             self.tracker.log({f"{stage}/{name}": value for name, value in line.items()})
 
-    def say(self, text: str) -> None:
+    def say(self, text: str):
         if self.rank == 0:
             tqdm.write(text)
 
@@ -1339,11 +1303,11 @@ def seed_of(*parts) -> int:
     return zlib.crc32("/".join(map(str, parts)).encode())
 
 
-def load_pretrained(auto_class, name: str) -> tuple:
+def load_pretrained(auto_class, name: str):
     """(model in float32 and without dropout, tokenizer). Raises BadInput if a weight or a row is missing."""
-    if Path(name, "adapter_config.json").exists():
-        raise BadInput(f"model {name} is an adapter: merge it into its model and save the whole")
-    with or_refuse(f"model {name} cannot be loaded from safetensors files"):
+    with or_refuse(f"model {name} cannot be used from safetensors files"):
+        if Path(name, "adapter_config.json").exists():
+            raise ValueError("it is an adapter: merge it into its model and save the whole")
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         config = transformers.AutoConfig.from_pretrained(name)
         for part in (config, config.get_text_config()):  # no dropout, nor other noise, in training mode
@@ -1353,11 +1317,10 @@ def load_pretrained(auto_class, name: str) -> tuple:
         model, info = auto_class.from_pretrained(
             name, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
-    if info["missing_keys"]:
-        raise BadInput(f"model {name}: weights are not in its files, {min(info['missing_keys'])} for one")
-    highest, size = max(tokenizer.get_vocab().values()), len(model.get_input_embeddings().weight)
-    if highest >= size:
-        raise BadInput(f"model {name}: its tokenizer has id {highest}, its embedding {size} rows; resize it")
+        if info["missing_keys"]:
+            raise ValueError(f"weights are not in its files, {min(info['missing_keys'])} for one")
+        if max(tokenizer.get_vocab().values()) >= len(model.get_input_embeddings().weight):
+            raise ValueError("its tokenizer has ids beyond the rows of its embedding: resize it")
     return model, tokenizer
 
 
@@ -1374,7 +1337,7 @@ def load_lm(run: Run, name: str, device=None, precision: str | None = None) -> L
 
 
 @torch.no_grad()
-def check_model(lm: LM, name: str) -> None:
+def check_model(lm: LM, name: str):
     """Raise BadInput unless generate(), with its cache and left padding, draws from head(body(tokens))."""
     prompts = torch.tensor([[0, 0, 0, 3, 4], [5, 6, 7, 8, 9]], device=lm.model.device)
     config = transformers.GenerationConfig(
@@ -1396,18 +1359,17 @@ def written_aside(path: Path):
     """Give another path to write to; then rename what was written there to `path`."""
     aside = path.with_name(f".{path.name}.partial")
     with or_refuse(f"{path} cannot be written: make room and run the same command"):
-        if aside.is_dir():
-            shutil.rmtree(aside)
+        shutil.rmtree(aside, ignore_errors=True)
         yield aside
         os.replace(aside, path)
 
 
-def write_json(path: Path, content) -> None:
+def write_json(path: Path, content):
     with written_aside(path) as aside:
         aside.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
-def save_model(run: Run, model, folder: Path) -> None:
+def save_model(run: Run, model, folder: Path):
     """A Hugging Face checkpoint with its tokenizer, which stops where it was trained to."""
     if run.rank == 0:
         model.generation_config.eos_token_id = run.stop_ids
@@ -1418,7 +1380,7 @@ def save_model(run: Run, model, folder: Path) -> None:
     run.total(torch.zeros(1, device=run.device))  # the others wait: they read it next
 
 
-def save_checkpoint(run: Run, stage: str, model, optimizer, step: int) -> None:
+def save_checkpoint(run: Run, stage: str, model, optimizer, step: int):
     state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
     if run.rank == 0:
         with written_aside(run.out / f"checkpoint-{stage}.pt") as aside:
@@ -1426,10 +1388,8 @@ def save_checkpoint(run: Run, stage: str, model, optimizer, step: int) -> None:
 
 
 def resume(run: Run, stage: str, model, optimizer) -> int:
-    """Put this stage's last checkpoint into model and optimizer; the number of steps done.
-
-    Later lines of metrics.jsonl will be written again: they are dropped, and one that a kill cut.
-    """
+    """Put this stage's last checkpoint into model and optimizer; the number of steps done. Later lines of
+    metrics.jsonl are dropped, for they are written again, and so is one that a kill cut."""
     step, path, metrics = 0, run.out / f"checkpoint-{stage}.pt", run.out / "metrics.jsonl"
     if path.exists():
         state = torch.load(path, map_location=run.device, weights_only=True)
@@ -1438,13 +1398,13 @@ def resume(run: Run, stage: str, model, optimizer) -> int:
         step = state["step"]
         run.say(f"{stage}: going on after step {step}")
     if run.rank == 0 and metrics.exists():
-        kept = []
+        kept = ""
         for text in metrics.read_text().splitlines(keepends=True):
             line = json.loads(text) if text.endswith("\n") else {"stage": stage, "step": math.inf}
             if line["stage"] != stage or line["step"] <= step:
-                kept.append(text)
+                kept += text
         with written_aside(metrics) as aside:
-            aside.write_text("".join(kept))
+            aside.write_text(kept)
     return step
 
 
