@@ -235,7 +235,8 @@ def dpo_batch_loss(lm: LM, batch: Batch, scale: float, beta: float, reference: L
     The loss is no sum over states, but its gradient is: Σ_t (∂L/∂log π(y|x))·∇log π(y_t|s_t). So the head
     runs once for the responses' log-probabilities, and once more for the gradient, weighted by these slopes.
     """
-    ref_logps = response_logps(reference, batch, reference.hidden(batch))
+    with torch.no_grad():
+        ref_logps = response_logps(reference, batch, reference.hidden(batch))
     hidden = lm.hidden(batch)
     logps = response_logps(lm, batch, hidden).requires_grad_()
     chosen_logps, rejected_logps = logps.chunk(2)
@@ -672,9 +673,10 @@ def response_logps(lm: LM, batch: Batch, hidden: Tensor) -> Tensor:
 #    response is the rendering of the whole conversation minus that of the prompt, up to the first stop token.
 
 FILE_KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+TEXTS = ("prompt", "chosen", "rejected")
 # What stands in columns of these names is part of the question, or the data are not what they seem.
-UNREAD_COLUMNS = """question instruction query problem input context system system_prompt history documents
-    tools images""".split()
+UNREAD_COLUMNS = """question instruction query problem input post user human context system system_prompt
+    history documents tools images""".split()
 BEYOND_TEXT = {"tool_calls", "tool_call_id", "reasoning_content", "reasoning", "thinking"}  # of a message
 
 
@@ -711,7 +713,7 @@ def read_splits(args: Args):
     if kind:
         options["data_files"] = glob.escape(name)
     if kind == "csv":  # as text, or pandas takes "NA" for a missing value
-        options |= {"dtype": str, "keep_default_na": False}
+        options |= {"converters": dict.fromkeys(TEXTS, str), "keep_default_na": False}
     with or_refuse(f"--dataset {name} cannot be read"):
         if os.path.isfile(name) and not kind:
             raise ValueError(f"the name must end in {', '.join(FILE_KINDS)}, or in .gz after that")
@@ -741,8 +743,8 @@ def encode_record(run: Run, record, number: int):
     with or_refuse(f"{run.args.dataset}: fix or remove record {number}, counted from 0"):
         prompt, chosen, rejected = split_record(record)
         question = prompt if isinstance(prompt, str) else "\n\n".join(x["content"] for x in prompt)
-        for name in UNREAD_COLUMNS:
-            if record.get(name) and str(record[name]).strip() not in question:
+        for name, value in record.items():
+            if name.lower() in UNREAD_COLUMNS and value and str(value).strip() not in question:
                 raise ValueError(f"column '{name}' is not read: make it a part of 'prompt'")
         if not question and record.get("prompt") is None and len(record) > 2:
             raise ValueError(f"no question: rename its column to 'prompt' (there are {', '.join(record)})")
@@ -757,7 +759,9 @@ def token_ids(run: Run, prompt: str, chosen: str, rejected: str):
     """The texts of a pair → token ids, cut to the lengths: a response loses its end, a prompt its beginning,
     but for what begins every text of the model. Raises ValueError for a response without an end token."""
     args, tokenizer = run.args, run.tokenizer
-    ids = run.first_ids + tokenizer(prompt, add_special_tokens=False).input_ids
+    ids = tokenizer(prompt, add_special_tokens=False).input_ids
+    if not run.chat and ids[: len(run.first_ids)] != run.first_ids:  # a chat template writes all itself
+        ids = run.first_ids + ids
     ids = ids or run.stop_ids[:1]  # an empty prompt still needs a state to predict from
     surplus = len(ids) - args.max_prompt_length
     if surplus > 0:
@@ -790,10 +794,17 @@ def split_record(record):
     message; the rejected one is empty if the two conversations have not the same prompt. Raises ValueError
     for a record in none of the formats.
     """
-    prompt, chosen, rejected = (read_field(record, key) for key in ("prompt", "chosen", "rejected"))
+    prompt, chosen, rejected = (read_field(record, key) for key in TEXTS)
     if chosen is None or type(chosen) is not type(rejected):
         columns = ", ".join(record)
         raise ValueError(f"'chosen' and 'rejected' must be two texts or two conversations (it has {columns})")
+    if isinstance(chosen, str):
+        if re.match(r"""\s*\[\s*\{.*['"](role|from)['"]\s*:""", chosen, re.DOTALL):
+            raise ValueError("'chosen' is a list of messages written as text")
+        if prompt is None and "prompt" in record:
+            raise ValueError("'prompt' is missing")
+        if prompt and len(prompt.split()) > 3 and chosen.startswith(prompt) and rejected.startswith(prompt):
+            raise ValueError("both answers repeat 'prompt'")
     if prompt is None and messages_of(chosen):
         chosen, rejected = messages_of(chosen), messages_of(rejected)
     elif messages_of(prompt):
@@ -832,22 +843,28 @@ def read_field(record, key: str):
     if value is None or isinstance(value, str):
         return value
     try:
-        for message in value:
-            content = message["content"] or ""
+        for message in without_nulls(value):
+            content = message.get("content", "")
             if not isinstance(content, str):  # parts, of which only {"type": "text", "text": ...} has text
                 content = "".join({"text": part["text"]}[part["type"]] for part in content)
-            present = {name: x for name, x in message.items() if x is not None}
-            messages.append({**present, "role": message["role"] + "", "content": content})
+            messages.append({**message, "role": message["role"] + "", "content": content})
     except (TypeError, KeyError, AttributeError):
         raise ValueError(f"field '{key}' is neither text nor messages with a role and text") from None
     return messages
 
 
+def without_nulls(value):
+    """The value without the keys that only other records have: a table fills them with null."""
+    if isinstance(value, dict):
+        return {name: without_nulls(x) for name, x in value.items() if x is not None}
+    return [without_nulls(x) for x in value] if isinstance(value, list) else value
+
+
 def messages_of(transcript):
     """A transcript like hh-rlhf's, "\\n\\nHuman: … \\n\\nAssistant: …", as messages; [] if it is none."""
     messages = []
-    if isinstance(transcript, str) and transcript.startswith("\n\nHuman:"):
-        for turn in re.split(r"\n\n(?=Human:|Assistant:)", transcript)[1:]:
+    if isinstance(transcript, str) and re.match(r"\s*Human:.*\n\nAssistant:", transcript, re.DOTALL):
+        for turn in re.split(r"\n\n(?=Human:|Assistant:)", "\n\n" + transcript.lstrip())[1:]:
             who, _, text = turn.partition(":")
             messages.append({"role": "user" if who == "Human" else "assistant", "content": text.strip()})
     return messages
@@ -867,15 +884,24 @@ def plain_texts(prompt, chosen, rejected, end: str):
     return [prompt, chosen["content"] + end, rejected["content"] + end]
 
 
-same_day = datetime.datetime(2025, 1, 1).strftime  # for templates that write the date
+class SameDay(datetime.datetime):
+    """The clock of chat templates, some of which write the date: a run must be the same tomorrow."""
+
+    @classmethod
+    def now(cls, tz=None):
+        return cls(2025, 1, 1)
+
+
+transformers.utils.chat_template_utils.datetime = SameDay
 
 
 class ChatTemplate:
     """A model's own chat template, and what one short conversation tells about it.
 
     `header`: what it writes before an answer, but not as a generation prompt. `surplus`: the end of its
-    generation prompt that does not stand before an answer (R1's "<think>"). `end_id`: the token that ends an
-    answer. Raises ValueError for a template that cannot be used.
+    generation prompt that does not stand before an answer (R1's "<think>"). `tail`: what stands between
+    question and answer. `end_id`: the token that ends an answer. Raises ValueError for a template that cannot
+    be used.
     """
 
     def __init__(self, tokenizer):
@@ -889,33 +915,36 @@ class ChatTemplate:
         self.surplus = prompt[len(shared) :]
         if prompt == self.render([question]):
             self.header = whole[len(shared) : whole.index("zebra")].rstrip(" ")
+        self.tail = shared.rpartition("giraffe")[2].strip()
         after = tokenizer(whole.rpartition("zebra")[2], add_special_tokens=False).input_ids
-        ends = [i for i in after if i in tokenizer.added_tokens_decoder or i == tokenizer.eos_token_id]
+        known = {tokenizer.eos_token_id, *tokenizer.added_tokens_decoder}
+        ends = [i for i in after if i in known and tokenizer.decode(i).strip()]
         if not ends:
             raise ValueError("it writes no end token after an answer")
         self.end_id = ends[0]
 
     def render(self, messages, **options) -> str:
-        """Messages as the template writes them, always on the same day: a run goes on tomorrow."""
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, strftime_now=same_day, **options)
+        """Messages as the template writes them."""
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
 
     def texts_of(self, prompt, chosen, rejected):
         """Prompt, chosen and rejected response as texts: a response is the whole minus the prompt."""
         if isinstance(prompt, str):
-            if self.tokenizer.decode(self.end_id) in prompt:
+            if self.tokenizer.decode(self.end_id) in prompt or (self.tail and self.tail in prompt):
                 raise ValueError("'prompt' is in the chat template already: give the question alone")
             prompt = [{"role": "user", "content": prompt}]
-        begun = ""
+        begun = {"content": ""}
         if prompt[-1]["role"] == "assistant":  # the answer's beginning, which the responses continue
-            prompt, begun = prompt[:-1], prompt[-1]["content"]
+            *prompt, begun = prompt
         text = self.render(prompt, add_generation_prompt=True).removesuffix(self.surplus)
-        text += self.header + begun
+        text += self.header + begun["content"]
         for message in prompt:
-            if message["role"] not in ("assistant", "tool") and message["content"].strip() not in text:
+            content = message["content"].strip()
+            if message["role"] != "assistant" and content not in text and json.dumps(content) not in text:
                 raise ValueError(f"the chat template leaves out a message with role '{message['role']}'")
         texts = [text]
         for answer in (chosen, rejected):
-            whole = self.render([*prompt, answer | {"content": begun + answer["content"]}])
+            whole = self.render([*prompt, begun | answer | {"content": begun["content"] + answer["content"]}])
             if not whole.startswith(text):
                 raise ValueError("the chat template writes the prompt in another way when the answer follows")
             texts.append(whole[len(text) :])
@@ -1111,15 +1140,16 @@ def judge_scores(run: Run, instructions, outputs):
     if model.config.num_labels != 1:
         raise BadInput(f"--judge has {model.config.num_labels} outputs: name a reward model; it has one")
     model.to(run.device).eval()
+    tokenizer.truncation_side = "left"  # a text that is too long keeps the answer
+    positions = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    limit = {"truncation": True, "max_length": min(positions, tokenizer.model_max_length)}
     scores = []
     for instruction, output in run.bar(list(zip(instructions, outputs)), "judging", leave=False):
         if tokenizer.chat_template:
             talk = [{"role": "user", "content": instruction}, {"role": "assistant", "content": output}]
-            inputs = tokenizer.apply_chat_template(
-                talk, truncation=True, return_tensors="pt", return_dict=True, strftime_now=same_day
-            )
+            inputs = tokenizer.apply_chat_template(talk, return_tensors="pt", return_dict=True, **limit)
         else:
-            inputs = tokenizer(instruction, output, truncation=True, return_tensors="pt")
+            inputs = tokenizer(instruction, output, return_tensors="pt", **limit)
         scores.append(model(**inputs.to(run.device)).logits.item())
     return scores
 
@@ -1211,7 +1241,7 @@ def set_up(args: Args):
     train_pairs, test_pairs = load_pairs(run)
     if args.judge:
         judge_scores(run, ["a"], ["b"])
-    run.open_output()
+    run.open_output(data=[fingerprint(train_pairs), fingerprint(test_pairs)])
     epochs = {"sft": args.sft_epochs, "each DPO": args.dpo_epochs, "policy": args.distill_epochs}
     steps = [f"{stage} {len(batches_of(args, len(train_pairs), n)):,}" for stage, n in epochs.items()]
     run.say(f"optimizer steps, where a stage is run: {', '.join(steps)}")
@@ -1253,14 +1283,12 @@ class Run:
         stops = [self.chat.end_id] if self.chat else []
         stops += [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
         self.stop_ids = [i for i in dict.fromkeys(stops) if i is not None]
-        self.first_ids = []  # what the tokenizer itself puts before a text; a chat template writes all
-        if not self.chat:
-            alone, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
-            self.first_ids = whole[: whole.index(alone[0])]
+        alone, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
+        self.first_ids = whole[: whole.index(alone[0])]  # what the tokenizer itself puts before a text
 
-    def open_output(self):
-        """Make the output folder, or go on with the run in it. Raises BadInput if it is of other settings."""
-        settings, config = vars(self.args), self.out / "config.json"
+    def open_output(self, data):
+        """Make the output folder, or go on with the run in it. Raises BadInput for other settings or data."""
+        settings, config = vars(self.args) | {"data": data}, self.out / "config.json"
         if config.exists():
             for name, value in json.loads(config.read_text(encoding="utf-8")).items():
                 if name not in FREE_SETTINGS and value != settings.get(name):
@@ -1298,6 +1326,14 @@ class Run:
         return values
 
 
+def fingerprint(pairs) -> int:
+    """A number that changes with the rows."""
+    crc = 0
+    for row in pairs:
+        crc = zlib.crc32(str(row).encode(), crc)
+    return crc
+
+
 def seed_of(*parts) -> int:
     """One number from a seed and what it is used for; the same on every machine."""
     return zlib.crc32("/".join(map(str, parts)).encode())
@@ -1319,6 +1355,9 @@ def load_pretrained(auto_class, name: str):
         )
         if info["missing_keys"]:
             raise ValueError(f"weights are not in its files, {min(info['missing_keys'])} for one")
+        unused = [key for key in info["unexpected_keys"] if key.startswith(f"{model.base_model_prefix}.")]
+        if unused:
+            raise ValueError(f"weights in its files are not of this model, {min(unused)} for one")
         if max(tokenizer.get_vocab().values()) >= len(model.get_input_embeddings().weight):
             raise ValueError("its tokenizer has ids beyond the rows of its embedding: resize it")
     return model, tokenizer
@@ -1370,9 +1409,11 @@ def write_json(path: Path, content):
 
 
 def save_model(run: Run, model, folder: Path):
-    """A Hugging Face checkpoint with its tokenizer, which stops where it was trained to."""
+    """A Hugging Face checkpoint with its tokenizer, which stops where it was trained to. The checkpoint's
+    own temperature, penalties and the like are left out: it was not trained with them."""
     if run.rank == 0:
-        model.generation_config.eos_token_id = run.stop_ids
+        ids = {"eos_token_id": run.stop_ids, "pad_token_id": run.tokenizer.pad_token_id}
+        model.generation_config = transformers.GenerationConfig(**ids)
         with written_aside(folder) as aside:
             model.save_pretrained(aside)
             run.tokenizer.save_pretrained(aside)
