@@ -347,8 +347,8 @@ def distillation_batch_loss(lm: LM, batch: Batch, scale: float, teacher: Teacher
 def align(args: Args) -> dict:
     """Run every stage that is not finished; leave models, metrics, samples and results in the output folder.
 
-    Returns what results.json holds (on the other processes {}). Raises BadInput before any training, and
-    before anything is written, if the settings, the models or the data cannot be used.
+    Returns what results.json holds ({} on the other processes). Raises BadInput, before anything is written,
+    if the settings, the models or the data cannot be used.
     """
     run, train_pairs, test_pairs = set_up(args)
     args = run.args  # with every default filled in
@@ -412,7 +412,7 @@ def train(run: Run, stage: str, start: str, pairs, examples_of, loss_of, learnin
     lm = load_lm(run, start)
     optimizer = torch.optim.AdamW(lm.model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     batches = batches_of(args, len(pairs), epochs)
-    first = resume(run, stage, lm.model, optimizer)
+    first, num_tokens = resume(run, stage, lm.model, optimizer)
     torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
 
     bar = run.bar(range(first, len(batches)), stage, initial=first, total=len(batches))
@@ -422,6 +422,7 @@ def train(run: Run, stage: str, start: str, pairs, examples_of, loss_of, learnin
         rows = pairs.select(batches[step][run.rank :: run.world]).to_list()
         examples, watched = examples_of(run, lm, rows)
         sums = Counter(watched)  # its update() adds
+        sums["num_tokens"] = sum(len(x.prompt) + len(x.tokens) for example in examples for x in example)
         lm.model.train(args.gradient_checkpointing)  # layers recompute activations in training mode only
         for _, batch in micro_batches(run, examples):
             sums.update(loss_of(lm, batch, scale=1 / n))
@@ -433,10 +434,12 @@ def train(run: Run, stage: str, start: str, pairs, examples_of, loss_of, learnin
         optimizer.zero_grad()
 
         line = means_over_ranks(run, sums, n) | {"grad_norm": grad_norm, "learning_rate": rate}
+        num_tokens += round(n * line["num_tokens"])
+        line["num_tokens"] = num_tokens
         run.log(stage, done, line)
         bar.set_postfix(loss=line["loss"], grad_norm=grad_norm)
         if done % args.save_steps == 0:
-            save_checkpoint(run, stage, lm.model, optimizer, done)
+            save_checkpoint(run, stage, lm.model, optimizer, step=done, num_tokens=num_tokens)
         if done % args.save_steps == 0 or done == len(batches):
             prompt = rows[0]["prompt"]
             (tokens,) = sample(run, lm, [prompt])
@@ -519,7 +522,8 @@ def sample(run: Run, lm: LM, prompts):
         group = shortest_first[start : start + size]
         rows = {"input_ids": [prompts[i] for i in group]}
         padded = run.tokenizer.pad(rows, padding_side="left", return_tensors="pt").to(lm.model.device)
-        output = lm.generate(padded.input_ids, padded.attention_mask, config)
+        with or_refuse("no response can be drawn from the model: lower the learning rate"):
+            output = lm.generate(padded.input_ids, padded.attention_mask, config)
         outputs |= zip(group, output[:, padded.input_ids.shape[1] :].tolist())
     return [until_stop(outputs[i], run.stop_ids) for i in range(len(prompts))]
 
@@ -803,12 +807,15 @@ def split_record(record):
             raise ValueError("'chosen' is a list of messages written as text")
         if prompt is None and "prompt" in record:
             raise ValueError("'prompt' is missing")
-        if prompt and len(prompt.split()) > 3 and chosen.startswith(prompt) and rejected.startswith(prompt):
+        repeated = isinstance(prompt, str) and chosen.startswith(prompt) and rejected.startswith(prompt)
+        if repeated and len(prompt.split()) > 3:
             raise ValueError("both answers repeat 'prompt'")
     if prompt is None and messages_of(chosen):
         chosen, rejected = messages_of(chosen), messages_of(rejected)
     elif messages_of(prompt):
-        prompt, chosen, rejected = messages_of(prompt), chosen.strip(), rejected.strip()
+        prompt = messages_of(prompt)
+        if isinstance(chosen, str) and not prompt[-1]["content"]:  # else the answers continue that turn
+            chosen, rejected = chosen.strip(), rejected.strip()
     if isinstance(chosen, list):
         return split_conversations(prompt, chosen, rejected)
     if prompt is None:  # implicit: the words that both begin with
@@ -1210,13 +1217,15 @@ def set_up(args: Args):
         may_be_0 = name in ("alpha", "alpha_r", "warmup_ratio", "seed")
         if type(value) in (int, float) and not (value > 0 or (may_be_0 and value == 0)):
             raise BadInput(f"--{name} {value} is out of range")
+    if args.warmup_ratio > 1:
+        raise BadInput("--warmup_ratio is a part of the steps, at most 1")
     if args.alpha == 0 and args.reward == "vanilla":
         raise BadInput("--alpha 0 --reward vanilla distils the reference into itself: use contrastive")
     if args.model == "demo" and args.dataset != "demo":
         raise BadInput("--model demo knows the words of the demo only: name a model for this --dataset")
     transformers.logging.set_verbosity_error()  # what matters is told here
     transformers.logging.disable_progress_bar()
-    datasets.logging.set_verbosity_error()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     run = Run(args)
     if (run.out / "config.json").exists():  # all that a run needs is in the cache when it goes on
         huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
@@ -1241,6 +1250,8 @@ def set_up(args: Args):
     train_pairs, test_pairs = load_pairs(run)
     if args.judge:
         judge_scores(run, ["a"], ["b"])
+    if min(args.batch_size, len(train_pairs)) < run.world:
+        raise BadInput(f"--batch_size {args.batch_size}: each of {run.world} processes needs a pair a step")
     run.open_output(data=[fingerprint(train_pairs), fingerprint(test_pairs)])
     epochs = {"sft": args.sft_epochs, "each DPO": args.dpo_epochs, "policy": args.distill_epochs}
     steps = [f"{stage} {len(batches_of(args, len(train_pairs), n)):,}" for stage, n in epochs.items()]
@@ -1296,6 +1307,7 @@ class Run:
                     raise BadInput(f"{self.out} is of a run with other settings ({change}); choose another")
         elif any(self.out.glob("[!.]*")):
             raise BadInput(f"output folder {self.out} holds other files; choose another")
+        self.wait()  # until every process has looked
         if self.rank == 0:
             self.out.mkdir(parents=True, exist_ok=True)
             write_json(config, settings)
@@ -1318,6 +1330,10 @@ class Run:
 
     def bar(self, items, title: str, **options):
         return tqdm(items, title, dynamic_ncols=True, disable=self.rank > 0, **options)
+
+    def wait(self):
+        """Go on when every process has come here."""
+        self.total(torch.zeros(1, device=self.device))
 
     def total(self, values: Tensor) -> Tensor:
         """The sum over processes, in place."""
@@ -1418,25 +1434,26 @@ def save_model(run: Run, model, folder: Path):
             model.save_pretrained(aside)
             run.tokenizer.save_pretrained(aside)
         (run.out / f"checkpoint-{folder.name}.pt").unlink(missing_ok=True)
-    run.total(torch.zeros(1, device=run.device))  # the others wait: they read it next
+    run.wait()  # the others read it next
 
 
-def save_checkpoint(run: Run, stage: str, model, optimizer, step: int):
-    state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+def save_checkpoint(run: Run, stage: str, model, optimizer, **progress):
     if run.rank == 0:
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **progress}
         with written_aside(run.out / f"checkpoint-{stage}.pt") as aside:
             torch.save(state, aside)
 
 
-def resume(run: Run, stage: str, model, optimizer) -> int:
-    """Put this stage's last checkpoint into model and optimizer; the number of steps done. Later lines of
+def resume(run: Run, stage: str, model, optimizer) -> tuple[int, int]:
+    """Put this stage's last checkpoint into model and optimizer; (steps, tokens) done. Later lines of
     metrics.jsonl are dropped, for they are written again, and so is one that a kill cut."""
-    step, path, metrics = 0, run.out / f"checkpoint-{stage}.pt", run.out / "metrics.jsonl"
+    step, num_tokens = 0, 0
+    path, metrics = run.out / f"checkpoint-{stage}.pt", run.out / "metrics.jsonl"
     if path.exists():
         state = torch.load(path, map_location=run.device, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        step = state["step"]
+        step, num_tokens = state["step"], state["num_tokens"]
         run.say(f"{stage}: going on after step {step}")
     if run.rank == 0 and metrics.exists():
         kept = ""
@@ -1446,7 +1463,7 @@ def resume(run: Run, stage: str, model, optimizer) -> int:
                 kept += text
         with written_aside(metrics) as aside:
             aside.write_text(kept)
-    return step
+    return step, num_tokens
 
 
 def main() -> int:
