@@ -37,7 +37,6 @@ import shutil
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice
@@ -123,7 +122,8 @@ FREE_SETTINGS = """output_dir judge save_steps report_to device teacher_device g
 
 def parse_args(argv: list[str] | None = None) -> Args:
     """The command line as Args. Exits with status 2 for an unknown or malformed flag."""
-    usage, title = "aligndistil.py [--help] [--flag value ...]", __doc__.split("\n\n")[0]
+    title = __doc__.split("\n\n")[0]
+    usage = "aligndistil.py [--help] [--flag value ...]"
     parser = transformers.HfArgumentParser(Args, usage=usage, description=title, allow_abbrev=False)
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Args), re.MULTILINE))
     for action in parser._actions:
@@ -187,8 +187,7 @@ def token_beta(alpha: Tensor, beta: float) -> Tensor:
 def teacher_logits(anchor_logits: Tensor, difference: Tensor, alpha: Tensor) -> Tensor:
     """Eq. 11, 15, 17. z* = z_anchor + α·difference, with difference = z_dpo − z_base: (..., V), with α (...).
 
-    The contrastive teacher has anchor = dpo and base = reverse; the vanilla one has the reference in both
-    places.
+    Anchor and base are dpo and reverse for the contrastive teacher, both the reference for the vanilla one.
     """
     return torch.addcmul(anchor_logits, alpha.unsqueeze(-1), difference)
 
@@ -196,8 +195,8 @@ def teacher_logits(anchor_logits: Tensor, difference: Tensor, alpha: Tensor) -> 
 def implausible_mass(target_logits: Tensor, dpo_logits: Tensor) -> Tensor:
     """What the teacher gives to tokens of which π_dpo gives less than 0.001: (..., V), (..., V) → (...).
 
-    It tells before any distillation whether α is too large. Where neither model ever goes, their difference
-    is an accident of training, and α times it can lift an impossible token to the top: the language breaks.
+    It tells before any distillation whether α is too large: where neither model ever goes, their difference
+    is an accident of training, and α times it can lift an impossible token to the top.
     """
     rare = dpo_logits.softmax(-1) < 1e-3
     return target_logits.softmax(-1).mul_(rare).sum(-1)
@@ -214,9 +213,8 @@ def reverse_kl(logits: Tensor, target_logits: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------------------
 # 3  The losses and the teacher. Each loss maps (lm, batch, scale) to sums over its examples (responses
-#    or pairs): the loss and what is worth watching. It leaves scale·∇loss in the weights' .grad. The training
-#    loop passes scale = 1 / (examples of the whole optimisation batch), so neither micro-batches nor the
-#    number of processes change the gradient of given examples.
+#    or pairs): the loss and what is worth watching. It leaves scale·∇loss in the weights' .grad. With scale =
+#    1 / (examples of the step) neither micro-batches nor processes change the gradient of given examples.
 
 
 def sft_batch_loss(lm: LM, batch: Batch, scale: float) -> dict[str, Tensor]:
@@ -278,7 +276,7 @@ class Teacher:
     `load` maps "dpo", "reverse_dpo" or "reference" to an LM; it is called when the teacher is first needed.
     """
 
-    def __init__(self, args: Args, load: Callable[[str], LM]):
+    def __init__(self, args: Args, load):
         self.args, self.load = args, load
         self.contrastive = args.reward == "contrastive"
         self.base = "reverse_dpo" if self.contrastive else "reference"
