@@ -67,7 +67,7 @@ class Args:
     dataset: str = "HuggingFaceH4/ultrafeedback_binarized"  # hub id, id:config, folder, file or 'demo'
     train_split: str | None = None  # split to train on (train_prefs, or else train)
     test_split: str | None = None  # split to evaluate on (test_prefs, test, or a held-out tenth)
-    limit: int | None = None  # use so many records of the training split at most (all)
+    limit: int | None = None  # use at most this many records of the training split (all)
     output_dir: str | None = None  # where all results go (runs/<model>); the same command goes on there
     seed: int = 0  # seed of the data order, the held-out part, the sampling and the demo
     # the stages
@@ -100,7 +100,7 @@ class Args:
     tokens_per_micro_batch: int = 8192  # tokens of one forward and backward pass; changes rounding only
     sampling_batch_size: int = 128  # prompts sampled at once
     gradient_checkpointing: bool = False  # recompute activations in the backward pass, to save memory
-    device: str | None = None  # cuda, cuda:1, mps, cpu (the first of cuda, mps, cpu that is there)
+    device: str | None = None  # cuda, cuda:1, mps, cpu (the first of cuda, mps, cpu that is available)
     teacher_device: str | None = None  # device of the frozen models (device)
     # evaluation and logs
     eval_pairs: int = 1000  # held-out records for the reward accuracy, at most
@@ -115,7 +115,7 @@ DEMO = {
     "sft_learning_rate": 1e-2, "dpo_learning_rate": 1e-5, "distill_learning_rate": 1e-3, "sft_epochs": 8.0,
     "dpo_epochs": 5.0, "sampling_batch_size": 256,
 }  # fmt: skip
-# A run may go on with others of these. Those of speed change rounding, or which responses are drawn.
+# These may differ when a run goes on. Those of speed change rounding, or which responses are drawn.
 FREE_SETTINGS = """output_dir judge save_steps report_to device teacher_device gradient_checkpointing
     tokens_per_micro_batch sampling_batch_size""".split()
 
@@ -580,7 +580,7 @@ def collate(examples: list[list[Response]], pad_id: int, device="cpu") -> Batch:
 
 
 def micro_batches(run: Run, examples: list[list[Response]]):
-    """Yield (indices of examples, Batch) until every example had its turn, the longest first.
+    """Yield (indices of examples, Batch) until every example has had its turn, the longest first.
 
     A micro-batch is padded to at most `tokens_per_micro_batch` tokens; an example is never split.
     """
@@ -722,7 +722,7 @@ def read_splits(args: Args):
         if os.path.isdir(name) and glob.escape(name) != name:
             raise ValueError("the folder's name would be taken for a pattern: rename it")
         if Path(name, "state.json").exists() or Path(name, "dataset_dict.json").exists():
-            raise ValueError("it is of save_to_disk: write it with to_parquet or to_json")
+            raise ValueError("it was written by save_to_disk: write it with to_parquet or to_json")
         return datasets.load_dataset(kind or name, config or None, **options)
 
 
@@ -793,7 +793,7 @@ def split_record(record):
     """A record of any of TRL's preference formats, or of hh-rlhf → (prompt, chosen, rejected answer).
 
     The prompt is text, or a list of messages, which may end with the beginning of the answer. An answer is a
-    message; the rejected one is empty if the two conversations have not the same prompt. Raises ValueError
+    message; the rejected one is empty if the two conversations do not have the same prompt. Raises ValueError
     for a record in none of the formats.
     """
     prompt, chosen, rejected = (read_field(record, key) for key in TEXTS)
@@ -851,8 +851,9 @@ def read_field(record, key: str):
         for message in without_nulls(value):
             content = message.get("content", "")
             if not isinstance(content, str):  # parts, of which only {"type": "text", "text": ...} has text
-                content = "".join({"text": part["text"]}[part["type"]] for part in content)
-            messages.append({**message, "role": message["role"] + "", "content": content})
+                content = "".join({"text": part["text"]}[part["type"]] for part in content)  # or KeyError
+            role = message["role"] + ""  # TypeError unless it is text
+            messages.append({**message, "role": role, "content": content})
     except (TypeError, KeyError, AttributeError):
         raise ValueError(f"field '{key}' is neither text nor messages with a role and text") from None
     return messages
@@ -884,8 +885,9 @@ def plain_texts(prompt, chosen, rejected, end: str):
         if prompt[-1]["role"] != "assistant":  # else the responses continue that turn
             turns.append("Assistant:\n")
         prompt = "\n\n".join(turns)
-    elif prompt and not prompt[-1].isspace() and not chosen["content"][:1].isspace():
-        prompt += "\n"
+    elif prompt and not prompt[-1].isspace():
+        if not (chosen["content"][0].isspace() and rejected["content"][0].isspace()):
+            prompt += "\n"
     return [prompt, chosen["content"] + end, rejected["content"] + end]
 
 
@@ -915,10 +917,11 @@ class ChatTemplate:
         prompt = self.render([question], add_generation_prompt=True)
         whole = self.render([question, answer])
         shared = os.path.commonprefix([prompt, whole])
+        shared = re.sub(r"<[^<>]*$", "", shared)  # two tags that differ may begin alike
         if "giraffe" not in shared or "zebra" not in whole:
             raise ValueError("it does not write a message's text as it is")
         self.surplus = prompt[len(shared) :]
-        if prompt == self.render([question]):
+        if prompt == self.render([question]):  # a template that knows no generation prompt
             self.header = whole[len(shared) : whole.index("zebra")].rstrip(" ")
         self.tail = shared.rpartition("giraffe")[2].strip()
         after = tokenizer(whole.rpartition("zebra")[2], add_special_tokens=False).input_ids
@@ -995,14 +998,14 @@ def truth(run: Run, rows, sampled):
     """The truth about sampled responses to the rows' prompts, a list each; nothing but the demo has it."""
     if run.args.dataset != "demo":
         return {}
-    prompts = [row["instruction"] for row in rows]
-    reviews = [text.removesuffix(" <eos>") for text in run.tokenizer.batch_decode(sampled)]
+    prompts, end = [row["instruction"] for row in rows], run.tokenizer.eos_token
+    reviews = [text.removesuffix(end).rstrip() for text in run.tokenizer.batch_decode(sampled)]
     judges = {"true_reward": true_reward, "well_formed": well_formed}
     return {name: list(map(judge, prompts, reviews)) for name, judge in judges.items()}
 
 
 def demo_review(generator: random.Random, thing: str) -> str:
-    """A review by somebody who liked nearly all or nearly nothing; a third of the opinions has "not"."""
+    """A review by somebody who liked nearly all or nearly nothing; a third of the opinions have "not"."""
     mood, review = generator.betavariate(0.1, 0.1), ""
     for part in generator.sample(THINGS[thing].split(), generator.randint(1, 4)):
         good, negated = generator.random() < mood, generator.random() < 0.35
@@ -1029,7 +1032,7 @@ def demo_records(n: int, seed: int):
 
 
 def demo_tokenizer():
-    """One token a word of the demo world."""
+    """One token per word of the demo world."""
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *DEMO_WORDS])}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
@@ -1168,13 +1171,13 @@ def precision_report(run: Run, teacher: Teacher, pairs):
         return {}
     examples, _ = data_responses(run, None, islice(pairs, 16), ["chosen"])
     _, batch = next(micro_batches(run, examples))
-    for precision in ("float32", coarse):
+    for precision in ("float32", coarse):  # in this order: the teacher keeps the second
         torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
         for lm in teacher.lms.values():
             lm.precision = precision
         found[precision] = teacher.logits(teacher.hidden(batch), slice(CHUNK_SIZE))
-    difference, rest = (z.dpo - z.base for z in found.values())
-    share = ((rest * difference).sum() / difference.square().sum()).item()
+    exact, rounded = (z.dpo - z.base for z in found.values())
+    share = ((rounded * exact).sum() / exact.square().sum()).item()
     kl = reverse_kl(found["float32"].target, found[coarse].target).mean().item()
     run.say(f"{coarse} keeps {share:.2f} of z_dpo − z_base; KL to its teacher {kl:.2g} nats a token")
     if not 0.9 <= share <= 1.1:
@@ -1213,7 +1216,7 @@ def set_up(args: Args):
     """Check all that can be checked before training, open the output folder: (run, two sets of pairs)."""
     for name, value in vars(args).items():
         may_be_0 = name in ("alpha", "alpha_r", "warmup_ratio", "seed")
-        if type(value) in (int, float) and not (value > 0 or (may_be_0 and value == 0)):
+        if type(value) in (int, float) and not (value > 0 or (may_be_0 and value == 0)):  # NaN fails, too
             raise BadInput(f"--{name} {value} is out of range")
     if args.warmup_ratio > 1:
         raise BadInput("--warmup_ratio is a part of the steps, at most 1")
@@ -1225,7 +1228,9 @@ def set_up(args: Args):
     transformers.logging.disable_progress_bar()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     run = Run(args)
-    if (run.out / "config.json").exists():  # all that a run needs is in the cache when it goes on
+    config = run.out / "config.json"
+    if config.exists() and json.loads(config.read_text(encoding="utf-8"))["judge"] == args.judge:
+        # the run goes on, and all that it needs is in the cache
         huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     lm = load_lm(run, args.model, precision="float32")
     check_model(lm, args.model)
@@ -1302,7 +1307,7 @@ class Run:
             for name, value in json.loads(config.read_text(encoding="utf-8")).items():
                 if name not in FREE_SETTINGS and value != settings.get(name):
                     change = f"{name} {value} → {settings.get(name)}"
-                    raise BadInput(f"{self.out} is of a run with other settings ({change}); choose another")
+                    raise BadInput(f"{self.out} is from a run with other settings ({change}); choose another")
         elif any(self.out.glob("[!.]*")):
             raise BadInput(f"output folder {self.out} holds other files; choose another")
         self.wait()  # until every process has looked
@@ -1384,8 +1389,8 @@ def load_lm(run: Run, name: str, device=None, precision: str | None = None) -> L
     else:
         model, tokenizer = load_pretrained(transformers.AutoModelForCausalLM, name)
     if run.args.gradient_checkpointing:
-        old_name = model.gradient_checkpointing_enable
-        getattr(model, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
     return LM(model.to(device or run.device), precision or run.args.precision, run.device, tokenizer)
 
 
@@ -1401,7 +1406,7 @@ def check_model(lm: LM, name: str):
     ours = lm.logits(lm.hidden(collate([[Response(padded[3:5], padded[5:])]], pad_id=0))).log_softmax(-1)
     own = torch.stack(output.logits)[:, 0].log_softmax(-1)
     if not (ours - own.to(ours.device)).abs().max() <= 1e-2:  # not <=, so NaN fails too
-        raise BadInput(f"model {name}: generate() does not draw from head(body(tokens)), or draws no numbers")
+        raise BadInput(f"model {name}: generate() does not draw from head(body(tokens)), or these are not finite")
 
 
 # Files. All but metrics.jsonl are written aside and renamed: a kill leaves them whole or not at all.
@@ -1423,8 +1428,8 @@ def write_json(path: Path, content):
 
 
 def save_model(run: Run, model, folder: Path):
-    """A Hugging Face checkpoint with its tokenizer, which stops where it was trained to. The checkpoint's
-    own temperature, penalties and the like are left out: it was not trained with them."""
+    """A Hugging Face checkpoint and its tokenizer; generate() stops where the model was trained to. The
+    start's own temperature, penalties and the like are left out: it was not trained with them."""
     if run.rank == 0:
         ids = {"eos_token_id": run.stop_ids, "pad_token_id": run.tokenizer.pad_token_id}
         model.generation_config = transformers.GenerationConfig(**ids)

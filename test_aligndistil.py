@@ -374,6 +374,7 @@ ROLE = "{{ 'model' if m.role == 'assistant' else m.role }}\n"
 HEADER = "<|start_header_id|>{}<|end_header_id|>\n\n".format
 THINK = "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}" + TEXT
 STRIP = IS_ANSWER + "{{ m.content.split('</think>')[-1] | trim }}{% else %}{{ m.content }}{% endif %}"
+OPENED = "<|im_start|>{{ m.role }}\n" + IS_ANSWER + "<|START_RESPONSE|>{% endif %}"
 CHANNEL = "<|start|>{{ m.role }}" + IS_ANSWER + "<|channel|>final{% endif %}<|message|>{{ m.content }}"
 RETURN = "{% if loop.last and not add_generation_prompt %}<|return|>{% else %}<|end|>{% endif %}"
 INST = "{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% endif %}"
@@ -389,6 +390,8 @@ TEMPLATES = {  # name: template, end-of-sequence, an answer's text, the response
     "Qwen3": (CHATML.replace(TEXT, THINK), "<|im_end|>", "Blue.", "<think>\n\n</think>\n\nBlue.<|im_end|>"),
     "R1": (each(TURN.replace(TEXT, STRIP), "<|im_start|>assistant\n<think>\n"), "<|im_end|>",
            "<think>\nSky\n</think>\n\nBlue.", "Blue.<|im_end|>"),
+    "Command A": (each(OPENED + TEXT + "<|im_end|>\n", "<|im_start|>assistant\n<|START_THINKING|>"),
+                  "<|im_end|>", "Blue.", "<|START_RESPONSE|>Blue.<|im_end|>"),
     "gpt-oss": (each(CHANNEL + RETURN, "<|start|>assistant"), "<|return|>", "Blue.",
                 "<|channel|>final<|message|>Blue.<|return|>"),
     "Phi-3": (each("<|{{ m.role }}|>\n" + TEXT + "<|end|>\n", "<|assistant|>\n", "<eos>"), "<eos>", "Blue.",
@@ -682,12 +685,12 @@ BAD = {  # flags, where {} is a folder of prepared files: a word of the error li
     "--dataset {}/a.tsv": ".jsonl", "--dataset {}/saved": "to_parquet", "--dataset {}/splits[1]": "rename",
     "--dataset {}/splits:no": "no", "--train_split no": "--train_split", "--test_split no": "split",
     "--max_length 129": "128", "--max_length 20 --max_prompt_length 19": "--max_length",
-    "--warmup_ratio 2": "--warmup_ratio", "WORLD_SIZE=2": "torchrun",
-    "--beta nan": "--beta", "--batch_size 0": "--batch_size",
-    "--sft_learning_rate -1": "--sft_learning_rate", "--alpha 0 --reward vanilla": "contrastive",
-    "--device cuda:7": "error", "--output_dir {}/file/out": "error", "--alpha foo": "foo",
-    "--output_dir {}/splits": "output folder", "--output_dir {}/run --beta 0.2": "0.1 → 0.2",
-    "--report_to wandb": "wandb", "--lerning_rate 1": "--lerning_rate",
+    "--warmup_ratio 2": "--warmup_ratio", "WORLD_SIZE=2": "torchrun", "--beta nan": "--beta",
+    "--batch_size 0": "--batch_size", "--sft_learning_rate -1": "--sft_learning_rate",
+    "--alpha 0 --reward vanilla": "contrastive", "--device cuda:7": "error",
+    "--output_dir {}/file/out": "error", "--alpha foo": "foo", "--output_dir {}/splits": "output folder",
+    "--output_dir {}/run --beta 0.2": "0.1 → 0.2", "--report_to wandb": "wandb",
+    "--lerning_rate 1": "--lerning_rate",
 }  # fmt: skip
 def in_folder(folder: Path) -> dict:
     return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
@@ -793,15 +796,13 @@ def test_sft_loss_and_kl_teacher_fall_and_dpo_beats_chance_on_held_out_pairs(dem
     assert sft[0]["loss"] > 4 and statistics.mean(x["loss"] for x in sft[-5:]) < 2.5
     assert dpo[0]["loss"] == pytest.approx(math.log(2), rel=1e-6) and dpo[0]["rewards/margins"] == 0
     first, last = (statistics.mean(x["kl_teacher"] for x in part) for part in (policy[:5], policy[-5:]))
-    assert last < 0.8 * first
     results = read(demo, "results")
-    assert all(row["accuracy"] - row["accuracy_pm"] > 0.5 for row in results["reward_accuracy"].values())
+    assert last < 0.8 * first and all(row["accuracy"] - row["accuracy_pm"] > 0.5 for row in results["reward_accuracy"].values())
     assert results["models"]["policy"]["reward"] > results["models"]["reference"]["reward"]
 
 LOGGED = {"loss", "grad_norm", "learning_rate", "num_tokens"}
 OF_DPO = set("rewards/accuracies rewards/margins rewards/chosen rewards/rejected logps/chosen".split())
-OF_POLICY = set("""alpha beta_t kl_teacher implausible reward entropy kl_dpo completions/mean_length
-    completions/clipped_ratio""".split())
+OF_POLICY = set("alpha beta_t kl_teacher implausible reward entropy kl_dpo completions/mean_length".split())
 
 def test_what_a_run_leaves_and_that_a_finished_one_is_left_alone(prepared, demo):
     columns = {"sft": set(), "dpo": OF_DPO, "reverse_dpo": OF_DPO, "policy": OF_POLICY}
@@ -851,7 +852,6 @@ def test_judge_vanilla_and_a_wider_teacher(prepared, tmp_path, monkeypatch, chat
     settings |= {"dpo": str(prepared / "wider"), "init_from": "dpo", "distill_learning_rate": 1e-12}
     align(prepared, tmp_path / "out", **SMALL | settings | {"gradient_checkpointing": chat})
     assert modes == {("generate", False), ("backward_in_chunks", chat)}
-    assert {line["stage"] for line in metrics(tmp_path / "out")} == {"policy"}
     ours, start = (load_file(x / "model.safetensors") for x in (tmp_path / "out/policy", prepared / "wider"))
     assert all((ours[name] - start[name]).abs().max() < 1e-9 for name in start)
     results, samples = read(tmp_path / "out", "results"), read(tmp_path / "out", "samples")
@@ -888,7 +888,7 @@ def test_kills_at_any_moment_change_not_one_weight_line_or_result(prepared, tmp_
 
 def test_ranks_micro_batches_and_a_terminal_of_ascii(prepared, tmp_path):
     """Notices two processes with small micro-batches that are not one with large ones, or die of an arrow."""
-    # teachers that differ: else the KL to them is 1e-4 and carries float32's rounding of the logits
+    # with RATES, for teachers that differ: else the KL to them is float32's rounding of the logits
     settings = SMALL | RATES | {"off_policy": True, "save_steps": 1, "max_steps": 2}
     align(prepared, tmp_path / "1", **settings)
     settings |= {"model": prepared / "base", "dataset": prepared / "good.jsonl", "output_dir": tmp_path / "2"}
