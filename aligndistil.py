@@ -1268,7 +1268,7 @@ class Run:
     def __init__(self, args: Args):
         self.args, self.out = args, Path(args.output_dir or f"runs/{Path(args.model).name}")
         self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        if torch.cuda.is_available():  # so that "cuda" is this process's own
+        if args.device in (None, "cuda") and torch.cuda.is_available():  # "cuda" is this process's own
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
         self.device = torch.empty(0, device=args.device or best).device

@@ -21,6 +21,7 @@ HOME = tempfile.TemporaryDirectory()  # the hub's cache: empty, and gone afterwa
 if __name__ != "__main__":  # no hub is there
     os.environ |= {"HF_HOME": HOME.name, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking for a card must not spoil a fork for it
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # or two threads take six times as long where others compute
 
 import datasets
@@ -76,7 +77,9 @@ def assert_same_gradients(ours, theirs, tolerance=1e-6):
 @pytest.fixture
 def float64(monkeypatch):
     """All in float64, so that what differs is no rounding. LM.logits would ask for float32."""
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    own = torch.Tensor.float
+    keep = lambda tensor: tensor if tensor.dtype == torch.float64 else own(tensor)  # noqa: E731
+    monkeypatch.setattr(torch.Tensor, "float", keep)
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -979,7 +982,7 @@ def benchmark():
     first = ("distillation", singles(responses), distil, authors_distillation, [dpo, base])
     second = ("DPO", list(zip(responses[::2], responses[1::2])), train_dpo, authors_dpo, [dpo])
     for stage, examples, loss_of, dense, frozen in (first, second):
-        whole, seconds, found = ad.collate(examples, 0, args.device), {}, {}
+        whole, seconds, found, memory = ad.collate(examples, 0, args.device), {}, {}, {}
         for name in ["a", "b", "c"] * (args.repeats + 1):  # in turn: a drift of the machine hits all alike
             began, total = time.perf_counter(), 0
             with policy.autocast():
@@ -990,11 +993,15 @@ def benchmark():
                     total = dense(policy, *frozen, whole) if name == "a" else floor(policy, frozen, whole)
             found[name] = total.item(), gradients(policy.model)  # item() waits for the device
             seconds.setdefault(name, []).append(time.perf_counter() - began)
+            if args.device != "cpu":
+                memory[name] = torch.cuda.max_memory_allocated() / 1e9
+                torch.cuda.reset_peak_memory_stats()
         rough = 1e-4 if args.precision == "float32" else 0.1
         assert found["b"][0] == pytest.approx(found["a"][0], rel=rough)
         assert_same_gradients(found["b"][1], found["a"][1], rough)
         a, b, c = (statistics.median(column[1:]) for column in seconds.values())
-        print(f"{stage:13} (a) {a:.2f}  (b) {b:.2f}  (c) {c:.2f}  (b)/(a) {b / a:.2f}  (b)/(c) {b / c:.2f}")
+        print(f"{stage:13} (a) {a:.3f}  (b) {b:.3f}  (c) {c:.3f}  (b)/(a) {b / a:.2f}  (b)/(c) {b / c:.2f}")
+        print("".join(f"   ({name}) {peak:.1f} GB" for name, peak in memory.items()))
 
 if __name__ == "__main__":
     benchmark()
