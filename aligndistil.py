@@ -236,7 +236,7 @@ def dpo_batch_loss(lm: LM, batch: Batch, scale: float, beta: float, reference: L
     with torch.no_grad():
         ref_logps = response_logps(reference, batch, reference.hidden(batch))
     hidden = lm.hidden(batch)
-    logps = response_logps(lm, batch, hidden).requires_grad_()
+    logps = response_logps(lm, batch, hidden).requires_grad_()  # a leaf: the loss's graph begins here
     chosen_logps, rejected_logps = logps.chunk(2)
     ref_chosen_logps, ref_rejected_logps = ref_logps.chunk(2)
     losses = dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta)
@@ -247,8 +247,7 @@ def dpo_batch_loss(lm: LM, batch: Batch, scale: float, beta: float, reference: L
         return {"loss": (slope * token_logps(logits, batch.targets[rows])).sum()}
 
     backward_in_chunks(lm, hidden, chunk_loss, scale)
-    chosen_rewards = implicit_reward(chosen_logps, ref_chosen_logps, beta)
-    rejected_rewards = implicit_reward(rejected_logps, ref_rejected_logps, beta)
+    chosen_rewards, rejected_rewards = implicit_reward(logps, ref_logps, beta).chunk(2)
     watched = {
         "loss": losses,
         "rewards/accuracies": (chosen_rewards > rejected_rewards).float(),
@@ -421,7 +420,8 @@ def train(run: Run, stage: str, start: str, pairs, examples_of, loss_of, learnin
         examples, watched = examples_of(run, lm, rows)
         sums = Counter(watched)  # its update() adds
         sums["num_tokens"] = sum(len(x.prompt) + len(x.tokens) for example in examples for x in example)
-        lm.model.train(args.gradient_checkpointing)  # layers recompute activations in training mode only
+        # layers recompute activations in training mode only; it changes nothing else, for dropout is 0
+        lm.model.train(args.gradient_checkpointing)
         for _, batch in micro_batches(run, examples):
             sums.update(loss_of(lm, batch, scale=1 / n))
         lm.model.eval()  # in which sampling has its cache
@@ -436,9 +436,8 @@ def train(run: Run, stage: str, start: str, pairs, examples_of, loss_of, learnin
         line["num_tokens"] = num_tokens
         run.log(stage, done, line)
         bar.set_postfix(loss=line["loss"], grad_norm=grad_norm)
-        if done % args.save_steps == 0:
-            save_checkpoint(run, stage, lm.model, optimizer, step=done, num_tokens=num_tokens)
         if done % args.save_steps == 0 or done == len(batches):
+            save_checkpoint(run, stage, lm.model, optimizer, step=done, num_tokens=num_tokens)
             prompt = rows[0]["prompt"]
             (tokens,) = sample(run, lm, [prompt])
             texts = run.tokenizer.batch_decode([prompt[-20:], tokens[:64]])
@@ -522,7 +521,8 @@ def sample(run: Run, lm: LM, prompts):
         padded = run.tokenizer.pad(rows, padding_side="left", return_tensors="pt").to(lm.model.device)
         with or_refuse("no response can be drawn from the model: lower the learning rate"):
             output = lm.generate(padded.input_ids, padded.attention_mask, config)
-        outputs |= zip(group, output[:, padded.input_ids.shape[1] :].tolist())
+        responses = output[:, padded.input_ids.shape[1] :].tolist()
+        outputs.update(zip(group, responses))
     return [until_stop(outputs[i], run.stop_ids) for i in range(len(prompts))]
 
 
@@ -570,12 +570,14 @@ def collate(examples: list[list[Response]], pad_id: int, device="cpu") -> Batch:
     """[[Response, ...], ...] → Batch: the first response of every example, then the second ones."""
     responses = [response for part in zip(*examples, strict=True) for response in part]
     rows = [torch.tensor(x.prompt + x.tokens) for x in responses]
+    # from the last token of the prompt to the last but one of the response: what they predict is the response
     masks = [torch.tensor([False] * (len(x.prompt) - 1) + [True] * len(x.tokens)) for x in responses]
     input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)
     mask = torch.nn.utils.rnn.pad_sequence(masks, batch_first=True)
     response, position = mask.nonzero(as_tuple=True)
     states = response * input_ids.shape[1] + position
-    targets, weights = input_ids[response, position + 1], 1 / mask.sum(1)[response]
+    targets = input_ids[response, position + 1]
+    weights = 1 / mask.sum(1)[response]
     return Batch(*[tensor.to(device) for tensor in (input_ids, states, targets, response, weights)])
 
 
@@ -688,7 +690,7 @@ def load_pairs(run: Run):
     args, splits = run.args, read_splits(run.args)
     train_split = args.train_split or ("train_prefs" if "train_prefs" in splits else "train")
     test_split = args.test_split or train_split.replace("train", "test")
-    if train_split not in splits or args.test_split not in [None, *splits]:
+    if not {train_split, args.test_split} <= {None, *splits}:
         raise BadInput(f"--dataset {args.dataset} has only the splits {', '.join(splits)}: see --train_split")
     train_rows = encode(run, splits[train_split], args.limit)
     if test_split in splits and test_split != train_split:
@@ -729,7 +731,7 @@ def read_splits(args: Args):
 def encode(run: Run, records, limit):
     """The first `limit` records, tokenized; says how many were cut and left out."""
     name = run.args.dataset
-    records = run.bar(records.select(range(len(records))[:limit]), f"reading {name}")
+    records = run.bar(islice(records, limit), f"reading {name}")
     rows = [encode_record(run, record, number) for number, record in enumerate(records)]
     usable = [row for row in rows if row["chosen"] != row["rejected"]]
     left_out = f"{len(rows) - len(usable)} left out (empty or identical responses, different prompts)"
@@ -771,7 +773,8 @@ def token_ids(run: Run, prompt: str, chosen: str, rejected: str):
         ids = begin + ids[surplus + len(begin) :]
     row = {"prompt": ids, "cut": surplus > 0}
     for name, text in (("chosen", chosen), ("rejected", rejected)):
-        response = until_stop(response_ids(tokenizer, prompt, text), run.stop_ids)
+        whole = response_ids(tokenizer, prompt, text)
+        response = until_stop(whole, run.stop_ids)  # a template may write more after it
         if response[-1] not in run.stop_ids:
             raise ValueError("the chat template writes no end token after this answer")
         row[name] = response[: args.max_length - len(ids)]
@@ -1000,8 +1003,7 @@ def truth(run: Run, rows, sampled):
         return {}
     prompts, end = [row["instruction"] for row in rows], run.tokenizer.eos_token
     reviews = [text.removesuffix(end).rstrip() for text in run.tokenizer.batch_decode(sampled)]
-    judges = {"true_reward": true_reward, "well_formed": well_formed}
-    return {name: list(map(judge, prompts, reviews)) for name, judge in judges.items()}
+    return {judge.__name__: list(map(judge, prompts, reviews)) for judge in (true_reward, well_formed)}
 
 
 def demo_review(generator: random.Random, thing: str) -> str:
@@ -1099,9 +1101,10 @@ def evaluate(run: Run, folders, test_pairs, precision):
     results = {"models": models.to_dict("index"), "reward_accuracy": accuracy.to_dict("index"), **precision}
     write_json(run.out / "samples.json", samples.to_dict("records"))
     write_json(path, results)  # last: it says that the rest is there
-    columns = [judge, f"{judge}_pm", "well_formed", "win_rate", "win_rate_pm", "kl_ref", "length"]
     run.say(f"\nhow often a reward prefers the chosen response of a held-out pair:\n{accuracy.round(3)}\n")
-    run.say(f"own responses to held-out prompts:\n{models.filter(columns).round(2).to_string()}\n")
+    columns = [judge, f"{judge}_pm", "well_formed", "win_rate", "win_rate_pm", "kl_ref", "length"]
+    table = models.filter(columns).round(2)
+    run.say(f"own responses to held-out prompts:\n{table.to_string()}\n")
     if judge in samples:
         run.say(f"Compare {judge} and win_rate of policy and dpo, and in kl_ref what they cost.")
     run.say(f"models, metrics, samples and results are in {run.out}")
@@ -1255,7 +1258,7 @@ def set_up(args: Args):
         judge_scores(run, ["a"], ["b"])
     if min(args.batch_size, len(train_pairs)) < run.world:
         raise BadInput(f"--batch_size {args.batch_size}: each of {run.world} processes needs a pair a step")
-    run.open_output(data=[fingerprint(train_pairs), fingerprint(test_pairs)])
+    run.open_output()
     epochs = {"sft": args.sft_epochs, "each DPO": args.dpo_epochs, "policy": args.distill_epochs}
     steps = [f"{stage} {len(batches_of(args, len(train_pairs), n)):,}" for stage, n in epochs.items()]
     run.say(f"optimizer steps, where a stage is run: {', '.join(steps)}")
@@ -1268,7 +1271,7 @@ class Run:
     def __init__(self, args: Args):
         self.args, self.out = args, Path(args.output_dir or f"runs/{Path(args.model).name}")
         self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        if args.device in (None, "cuda") and torch.cuda.is_available():  # "cuda" is this process's own
+        if args.device in (None, "cuda") and torch.cuda.is_available():  # "cuda" is this process's
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
         self.device = torch.empty(0, device=args.device or best).device
@@ -1300,9 +1303,9 @@ class Run:
         alone, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
         self.first_ids = whole[: whole.index(alone[0])]  # what the tokenizer itself puts before a text
 
-    def open_output(self, data):
-        """Make the output folder, or go on with the run in it. Raises BadInput for other settings or data."""
-        settings, config = vars(self.args) | {"data": data}, self.out / "config.json"
+    def open_output(self):
+        """Make the output folder, or go on with the run in it. Raises BadInput for other settings."""
+        settings, config = vars(self.args), self.out / "config.json"
         if config.exists():
             for name, value in json.loads(config.read_text(encoding="utf-8")).items():
                 if name not in FREE_SETTINGS and value != settings.get(name):
@@ -1343,14 +1346,6 @@ class Run:
         if self.world > 1:
             dist.all_reduce(values)
         return values
-
-
-def fingerprint(pairs) -> int:
-    """A number that changes with the rows."""
-    crc = 0
-    for row in pairs:
-        crc = zlib.crc32(str(row).encode(), crc)
-    return crc
 
 
 def seed_of(*parts) -> int:
@@ -1406,7 +1401,7 @@ def check_model(lm: LM, name: str):
     ours = lm.logits(lm.hidden(collate([[Response(padded[3:5], padded[5:])]], pad_id=0))).log_softmax(-1)
     own = torch.stack(output.logits)[:, 0].log_softmax(-1)
     if not (ours - own.to(ours.device)).abs().max() <= 1e-2:  # not <=, so NaN fails too
-        raise BadInput(f"model {name}: generate() does not draw from head(body(tokens)), or these are not finite")
+        raise BadInput(f"model {name}: generate() and head(body(tokens)) differ, or are not finite")
 
 
 # Files. All but metrics.jsonl are written aside and renamed: a kill leaves them whole or not at all.
@@ -1459,13 +1454,11 @@ def resume(run: Run, stage: str, model, optimizer) -> tuple[int, int]:
         step, num_tokens = state["step"], state["num_tokens"]
         run.say(f"{stage}: going on after step {step}")
     if run.rank == 0 and metrics.exists():
-        kept = ""
-        for text in metrics.read_text().splitlines(keepends=True):
-            line = json.loads(text) if text.endswith("\n") else {"stage": stage, "step": math.inf}
-            if line["stage"] != stage or line["step"] <= step:
-                kept += text
+        lines = metrics.read_text().splitlines(keepends=True)
+        ours = [line for line in lines if line.startswith(f'{{"stage": "{stage}"')]
+        others = [line for line in lines if line not in ours and line.endswith("\n")]
         with written_aside(metrics) as aside:
-            aside.write_text(kept)
+            aside.write_text("".join(others + ours[:step]))
     return step, num_tokens
 
 

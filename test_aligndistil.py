@@ -1,4 +1,4 @@
-"""Tests of aligndistil.py, section by section (`pytest`), and its benchmark (`test_aligndistil.py --help`)."""
+"""Tests of aligndistil.py, section by section (`pytest`), and a benchmark (`test_aligndistil.py --help`)."""
 
 import argparse
 import dataclasses
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -21,8 +22,8 @@ HOME = tempfile.TemporaryDirectory()  # the hub's cache: empty, and gone afterwa
 if __name__ != "__main__":  # no hub is there
     os.environ |= {"HF_HOME": HOME.name, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking for a card must not spoil a fork for it
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # or two threads take six times as long where others compute
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # or a process that was forked cannot use a card
 
 import datasets
 import nbformat
@@ -78,8 +79,7 @@ def assert_same_gradients(ours, theirs, tolerance=1e-6):
 def float64(monkeypatch):
     """All in float64, so that what differs is no rounding. LM.logits would ask for float32."""
     own = torch.Tensor.float
-    keep = lambda tensor: tensor if tensor.dtype == torch.float64 else own(tensor)  # noqa: E731
-    monkeypatch.setattr(torch.Tensor, "float", keep)
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else own(x))
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -213,12 +213,10 @@ def test_distillation_in_chunks_is_the_dense_one(float64, small_chunks, head, re
     dense = mean(weight * dense_kl(p, target), batch)
     dense.mean().backward()
     expected = gradients(policy.model)
-
     teacher = teacher_of(dpo, base, alpha_r=6.0, reward=reward, alpha=constant, off_policy=off_policy)
     sums = ad.distillation_batch_loss(policy, batch, 1 / 6, teacher)
     assert_same_gradients(gradients(policy.model), expected)
     assert not any(p.grad is not None for lm in (dpo, base) for p in lm.model.parameters())
-
     own, of_dpo, of_base = (dense_token_logps(z, batch) for z in (p, d, b))
     watched = {"alpha": alpha, "beta_t": weight, "kl_teacher": dense_kl(p, target)}
     watched["implausible"] = (target.softmax(-1) * (d.softmax(-1) < 1e-3)).sum(-1)
@@ -236,7 +234,6 @@ def test_sft_and_dpo_in_chunks_are_the_dense_ones(float64, small_chunks, head):
     expected = gradients(policy.model)
     assert ad.sft_batch_loss(policy, batch, 1 / 6)["loss"].item() == pytest.approx(nll.sum().item(), rel=1e-6)
     assert_same_gradients(gradients(policy.model), expected)
-
     logps, ref = (dense_token_logps(dense_logits(lm, batch), batch).sum(-1) for lm in (policy, reference))
     rewards = 0.1 * (logps - ref.detach())
     margins = rewards[:3] - rewards[3:]
@@ -261,8 +258,7 @@ def losses_and_examples(device="cpu", precision="float32"):
         "dpo": (partial(ad.dpo_batch_loss, beta=0.1, reference=first), pairs),
         "distillation": (distil, singles(responses)),
     }
-each_loss = pytest.mark.parametrize("name", ["sft", "dpo", "distillation"])
-@each_loss
+@pytest.mark.parametrize("name", ["sft", "dpo", "distillation"])
 def test_a_head_sees_one_chunk_of_states_and_a_frozen_pass_is_not_recorded(monkeypatch, small_chunks, name):
     seen, recorded, (loss_of, examples) = [], [], losses_and_examples()[name]
     logits, hidden = ad.LM.logits, ad.LM.hidden
@@ -274,9 +270,8 @@ def test_a_head_sees_one_chunk_of_states_and_a_frozen_pass_is_not_recorded(monke
     assert recorded.count(True) == 1, "only the policy's"
 
 NO_CARD = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no card")
-CUDA = pytest.param("cuda", "float32", marks=NO_CARD)
-@pytest.mark.parametrize(("device", "precision"), [("cpu", "bf16"), CUDA])
-@each_loss
+@pytest.mark.parametrize("device, precision", [("cpu", "bf16"), pytest.param("cuda", "float32", marks=NO_CARD)])
+@pytest.mark.parametrize("name", ["sft", "dpo", "distillation"])
 def test_a_step_in_bfloat16_or_on_cuda_is_near_and_its_losses_are_float32(device, precision, name):
     (exact, examples), loss_of = losses_and_examples()[name], losses_and_examples(device, precision)[name][0]
     lm, ours, tolerance = tiny_lm(0, device, precision=precision), tiny_lm(), 0.3 if device == "cpu" else 1e-3
@@ -370,7 +365,8 @@ def each(body: str, prompt: str = "", otherwise: str = "") -> str:
 TEXT, TRIM, IS_ANSWER = "{{ m.content }}", "{{ m.content | trim }}", "{% if m.role == 'assistant' %}"
 TURN = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
 CHATML = each(TURN, "<|im_start|>assistant\n")
-DEFAULT = "{% if messages[0].role != 'system' %}<|im_start|>system\nBe.<|im_end|>\n{% endif %}"
+TIME = "{{ strftime_now('%H:%M:%S.%f') }}"  # must be the same in every rendering
+DEFAULT = "{% if messages[0].role != 'system' %}<|im_start|>system\n" + TIME + "<|im_end|>\n{% endif %}"
 NO_SYSTEM = "{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}<start_of_turn>"
 ROLE = "{{ 'model' if m.role == 'assistant' else m.role }}\n"
 HEADER = "<|start_header_id|>{}<|end_header_id|>\n\n".format
@@ -435,7 +431,6 @@ def test_a_template_decides_prompt_and_response(name):
         assert texts(run, row)[1:] == (expected, expected.replace("Blue", "Red"))
         assert tokenizer(whole, add_special_tokens=False).input_ids[: len(ids)] == ids
         assert [i for i in row["chosen"] if i in run.stop_ids] == row["chosen"][-1:] == run.stop_ids[:1]
-
         for drawn, kept in [(row["chosen"] + [99, 99], row["chosen"]), ([99] * 9, [99] * 9)]:  # ends, is cut
             asked = []
             lm.generate = lambda *x, ids=drawn: asked.append(x) or torch.cat([x[0], torch.tensor([ids])], 1)
@@ -459,10 +454,6 @@ def test_what_a_template_cannot_write_is_refused(template, record, word):
     with pytest.raises(ad.BadInput, match=word):
         ad.encode_record(run_with(bpe_tokenizer(template))[0], record, 7)
 
-def test_a_template_with_the_time_gives_the_same_ids_again():
-    run, _ = run_with(bpe_tokenizer("{{ strftime_now('%H:%M:%S.%f') }}" + CHATML))
-    assert ad.encode_record(run, pair("Sky?"), 0) == ad.encode_record(run, pair("Sky?"), 0)
-
 def test_a_cut_prompt_keeps_bos_and_its_end_and_a_cut_response_has_no_end_token():
     long = pair("Z" * 50 + "WXY", "Z" * 50, "XYZ")  # each letter is a token
     run, _ = run_with(bpe_tokenizer(), max_length=16, max_prompt_length=8)
@@ -471,7 +462,6 @@ def test_a_cut_prompt_keeps_bos_and_its_end_and_a_cut_response_has_no_end_token(
     row = ad.encode_record(run, long, 0)
     assert row["cut"] and len(row["prompt"]) == 12 and texts(run, row)[0].startswith("<bos>")
     assert texts(run, row)[0].endswith("XY<|eot_id|>" + HEADER("assistant"))
-
     tokenizer = bpe_tokenizer(bos_token="<bos>")
     first = ("<bos>", tokenizer.bos_token_id)
     tokenizer._tokenizer.post_processor = tokenizers.processors.TemplateProcessing("<bos> $A", None, [first])
@@ -618,7 +608,7 @@ def test_results_by_hand(tmp_path, monkeypatch):
     run, pairs = tiny_run(dataset="other", beta=0.3, output_dir=str(tmp_path)), random_pairs()
     monkeypatch.setattr(ad, "load_lm", lambda run, name, **rest: lms[name])
     results = ad.evaluate(run, {name: name for name in lms}, pairs, {})
-    samples = json.loads((tmp_path / "samples.json").read_text())
+    samples = read(tmp_path, "samples")
     for sample, (name, row) in zip(samples, itertools.product(lms, pairs), strict=True):
         y = sample["token_ids"]
         logp = {other: own_logp(lm, row["prompt"], y) for other, lm in lms.items()}
@@ -666,8 +656,8 @@ FORK.set_forkserver_preload([__name__, "transformers.models.gpt2.modeling_gpt2"]
 SMALL = {"device": "cpu", "max_steps": 3, "limit": 64, "eval_pairs": 20, "eval_prompts": 8, "batch_size": 16}
 STAGES, ALL_STAGES = ("dpo", "reverse_dpo", "policy"), ("sft", "dpo", "reverse_dpo", "policy")
 RATES = {"sft_learning_rate": 1e-3, "dpo_learning_rate": 1e-3, "distill_learning_rate": 1e-3}
-EPOCHS = {"sft_epochs": 3, "dpo_epochs": 3, "distill_epochs": 3}
-RESUMED = SMALL | RATES | EPOCHS | {"max_steps": 6, "save_steps": 2}
+RESUMED = SMALL | RATES | dict.fromkeys(("sft_epochs", "dpo_epochs", "distill_epochs"), 3)
+RESUMED |= {"max_steps": 6, "save_steps": 2}
 def align(folder, out, **settings):
     paths = {"model": str(folder / "base"), "dataset": str(folder / "good.jsonl"), "output_dir": str(out)}
     return ad.align(ad.Args(**paths | settings))
@@ -806,7 +796,6 @@ def test_sft_loss_and_kl_teacher_fall_and_dpo_beats_chance_on_held_out_pairs(dem
 LOGGED = {"loss", "grad_norm", "learning_rate", "num_tokens"}
 OF_DPO = set("rewards/accuracies rewards/margins rewards/chosen rewards/rejected logps/chosen".split())
 OF_POLICY = set("alpha beta_t kl_teacher implausible reward entropy kl_dpo completions/mean_length".split())
-
 def test_what_a_run_leaves_and_that_a_finished_one_is_left_alone(prepared, demo):
     columns = {"sft": set(), "dpo": OF_DPO, "reverse_dpo": OF_DPO, "policy": OF_POLICY}
     for folder in (demo, prepared / "run"):
@@ -910,8 +899,6 @@ def test_ranks_micro_batches_and_a_terminal_of_ascii(prepared, tmp_path):
 # README and notebook ----------------------------------------------------------------------------------------
 NOTEBOOK = Path(ad.__file__).with_name("tutorial.ipynb")
 BENCHMARK_FLAGS = {"batch", "length", "threads", "repeats", "device", "precision"}
-def cells(kind: str) -> list:
-    return [cell for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == kind]
 
 def test_flags_of_the_readme_are_there():
     readme = NOTEBOOK.with_name("README.md").read_text(encoding="utf-8")
@@ -919,20 +906,28 @@ def test_flags_of_the_readme_are_there():
     names = {field.name for field in dataclasses.fields(ad.Args)} | BENCHMARK_FLAGS | {"help"}
     assert commands and set(re.findall(r" --(\w+)", commands)) <= names
 
-def test_the_notebook_runs_without_a_hub(monkeypatch):
-    monkeypatch.setenv("ALIGNDISTIL_QUICK", "1")
-    monkeypatch.setenv("PYTHONPATH", str(NOTEBOOK.parent))
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
+@pytest.fixture(scope="session", autouse=True)
+def notebook_run(request):
+    """The notebook's run, beside the other tests: on a second core it costs no time."""
+    wanted = any(item.name == "test_the_notebook_runs_without_a_hub" for item in request.session.items)
+    environment = os.environ | {"ALIGNDISTIL_QUICK": "1", "PYTHONPATH": str(NOTEBOOK.parent)}
+    client = NotebookClient(nbformat.read(NOTEBOOK, as_version=4), timeout=300)
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(client.execute, env=environment) if wanted else None
+
+def test_the_notebook_runs_without_a_hub(notebook_run):
+    notebook_run.result()
 
 def test_the_notebook_as_it_is_saved():
     """Notices a run not from top to bottom, an error, a warning, a machine's path, or an equation missing."""
-    assert [cell.execution_count for cell in cells("code")] == list(range(1, len(cells("code")) + 1))
-    outputs = [output for cell in cells("code") for output in cell.outputs]
+    cells = nbformat.read(NOTEBOOK, as_version=4).cells
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell.outputs]
     assert {output.output_type for output in outputs} <= {"stream", "display_data", "execute_result"}
     assert [output for output in outputs if output.get("name") == "stderr"] == []
     assert not re.search(r"(?<![\w.])/(tmp|home|root|work|usr|var|Users)/", str(outputs))
-    equations = re.findall(r"\\tag\{(\d+)\}", "\n".join(cell.source for cell in cells("markdown")))
+    equations = re.findall(r"\\tag\{(\d+)\}", "\n".join(cell.source for cell in cells))
     assert sorted(map(int, equations)) == list(range(1, 20))
 
 # The benchmark: one step's loss and gradient (no optimizer) at GPT-2's shape with random weights ------------
@@ -964,9 +959,8 @@ def floor(policy, frozen, batch):
 
 def benchmark():
     parser = argparse.ArgumentParser(description="seconds of one step; half of each sequence is the prompt")
-    for name, default in {"batch": 4, "length": 256, "threads": 2, "repeats": 5}.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--device", default="cpu")
+    for name, default in {"batch": 4, "length": 256, "threads": 2, "repeats": 5, "device": "cpu"}.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default)
     parser.add_argument("--precision", default="float32", choices=["float32", "tf32", "bf16"])
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -977,8 +971,7 @@ def benchmark():
     responses = random_responses([(args.length // 2, args.length - args.length // 2)] * args.batch)
     distil = partial(ad.distillation_batch_loss, teacher=teacher_of(dpo, base, alpha_r=20.0))
     train_dpo = partial(ad.dpo_batch_loss, beta=0.1, reference=dpo)
-    print(f"GPT-2's shape, {vars(args)}")
-    print("seconds: (a) the authors' dense loss, (b) ours, (c) the passes of bodies and heads alone")
+    print(vars(args), "seconds: (a) the authors' dense loss, (b) ours, (c) bodies and heads alone", sep="\n")
     first = ("distillation", singles(responses), distil, authors_distillation, [dpo, base])
     second = ("DPO", list(zip(responses[::2], responses[1::2])), train_dpo, authors_dpo, [dpo])
     for stage, examples, loss_of, dense, frozen in (first, second):
@@ -1000,8 +993,8 @@ def benchmark():
         assert found["b"][0] == pytest.approx(found["a"][0], rel=rough)
         assert_same_gradients(found["b"][1], found["a"][1], rough)
         a, b, c = (statistics.median(column[1:]) for column in seconds.values())
-        print(f"{stage:13} (a) {a:.3f}  (b) {b:.3f}  (c) {c:.3f}  (b)/(a) {b / a:.2f}  (b)/(c) {b / c:.2f}")
-        print("".join(f"   ({name}) {peak:.1f} GB" for name, peak in memory.items()))
+        peaks = " ".join(f"({name}) {peak:.1f} GB" for name, peak in memory.items())
+        print(f"{stage}: (a) {a:.3f} (b) {b:.3f} (c) {c:.3f} (b)/(a) {b / a:.2f} (b)/(c) {b / c:.2f} {peaks}")
 
 if __name__ == "__main__":
     benchmark()
