@@ -95,7 +95,7 @@ class Args:
     # lengths, speed and memory
     max_length: int | None = None  # prompt and response in tokens (2048, or what the model holds)
     max_prompt_length: int | None = None  # tokens of the prompt (half of max_length)
-    # tf32 and bf16 are several times faster on a GPU, and lose what a short DPO learns: a run tells how much
+    # on a GPU tf32 and bf16 are about twice as fast, and lose what a short DPO learns: a run tells how much
     precision: Literal["float32", "tf32", "bf16"] = "float32"  # of the matrix products in training
     tokens_per_micro_batch: int = 8192  # tokens of one forward and backward pass; changes rounding only
     sampling_batch_size: int = 128  # prompts sampled at once
@@ -871,12 +871,12 @@ def without_nulls(value):
 
 def messages_of(transcript):
     """A transcript like hh-rlhf's, "\\n\\nHuman: … \\n\\nAssistant: …", as messages; [] if it is none."""
-    messages = []
-    if isinstance(transcript, str) and re.match(r"\s*Human:.*\n\nAssistant:", transcript, re.DOTALL):
-        for turn in re.split(r"\n\n(?=Human:|Assistant:)", "\n\n" + transcript.lstrip())[1:]:
-            who, _, text = turn.partition(":")
-            messages.append({"role": "user" if who == "Human" else "assistant", "content": text.strip()})
-    return messages
+    if not isinstance(transcript, str) or not re.match(r"\s*Human:.*\n\nAssistant:", transcript, re.DOTALL):
+        return []
+    turn = r"\n\n(Human|Assistant):(.*?)(?=\n\nHuman:|\n\nAssistant:|\Z)"
+    turns = re.findall(turn, "\n\n" + transcript.lstrip(), re.DOTALL)
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [{"role": roles[who], "content": text.strip()} for who, text in turns]
 
 
 def plain_texts(prompt, chosen, rejected, end: str):
