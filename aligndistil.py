@@ -112,8 +112,8 @@ class Args:
 
 DEMO = {
     "dataset": "demo", "batch_size": 64, "max_length": 48, "max_prompt_length": 12, "eval_prompts": 512,
-    "sft_learning_rate": 1e-2, "dpo_learning_rate": 1e-5, "distill_learning_rate": 1e-3, "sft_epochs": 8.0,
-    "dpo_epochs": 5.0, "sampling_batch_size": 256,
+    "sft_learning_rate": 3e-3, "dpo_learning_rate": 1e-5, "distill_learning_rate": 1e-3, "sft_epochs": 8.0,
+    "dpo_epochs": 2.5, "sampling_batch_size": 256,
 }  # fmt: skip
 # These may differ when a run goes on. Those of speed change rounding, or which responses are drawn.
 FREE_SETTINGS = """output_dir judge save_steps report_to device teacher_device gradient_checkpointing
