@@ -1469,6 +1469,8 @@ def main() -> int:
     again = "the same command goes on from the last checkpoint"
     try:
         align(parse_args())
+        if dist.is_initialized():
+            dist.destroy_process_group()
         return 0
     except BadInput as error:
         status, message = 2, error
