@@ -26,7 +26,6 @@ import contextlib
 import copy
 import datetime
 import glob
-import importlib
 import inspect
 import json
 import math
@@ -45,6 +44,7 @@ from typing import Literal, NamedTuple
 
 import datasets
 import huggingface_hub
+import jinja2
 import numpy as np
 import pandas as pd
 import tokenizers
@@ -53,7 +53,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+try:
+    import fcntl
+except ImportError:  # Windows has none
+    fcntl = None
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # several processes read, each with one thread
 
 # ------------------------------------------------------------------------------------------------------------
 # 1  Settings. The defaults are the paper's; DEMO is what the built-in demo sets otherwise. The comment of a
@@ -65,8 +74,6 @@ class Args:
     # what to run
     model: str = "demo"  # hub id or local folder of a causal LM; 'demo' is built in, with a preset
     dataset: str = "HuggingFaceH4/ultrafeedback_binarized"  # hub id, id:config, folder, file or 'demo'
-    train_split: str | None = None  # split to train on (train_prefs, or else train)
-    test_split: str | None = None  # split to evaluate on (test_prefs, test, or a held-out tenth)
     limit: int | None = None  # use at most this many records of the training split (all)
     output_dir: str | None = None  # where all results go (runs/<model>); the same command goes on there
     seed: int = 0  # seed of the data order, the held-out part, the sampling and the demo
@@ -107,17 +114,16 @@ class Args:
     eval_prompts: int = 128  # how many of these prompts every model answers, at most
     judge: str | None = None  # reward model (folder, hub id) that scores the answers; the demo has its truth
     save_steps: int = 100  # write a checkpoint, and show a sample, every so many steps
-    report_to: Literal["none", "wandb", "trackio"] = "none"  # log there, too; the package must be installed
 
 
 DEMO = {
     "dataset": "demo", "batch_size": 64, "max_length": 48, "max_prompt_length": 12, "eval_prompts": 512,
     "sft_learning_rate": 3e-3, "dpo_learning_rate": 1e-5, "distill_learning_rate": 1e-3, "sft_epochs": 8.0,
-    "dpo_epochs": 2.5, "sampling_batch_size": 256,
+    "dpo_epochs": 2.5, "sampling_batch_size": 256, "save_steps": 40,
 }  # fmt: skip
 # These may differ when a run goes on. Those of speed change rounding, or which responses are drawn.
-FREE_SETTINGS = """output_dir judge save_steps report_to device teacher_device gradient_checkpointing
-    tokens_per_micro_batch sampling_batch_size""".split()
+FREE_SETTINGS = """output_dir judge save_steps device teacher_device gradient_checkpointing
+    tokens_per_micro_batch sampling_batch_size started""".split()
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -220,9 +226,9 @@ def reverse_kl(logits: Tensor, target_logits: Tensor) -> Tensor:
 def sft_batch_loss(lm: LM, batch: Batch, scale: float) -> dict[str, Tensor]:
     """Negative log-likelihood: the mean over a response's tokens, summed over responses."""
 
-    def chunk_loss(logits, rows):
-        nll = -token_logps(logits, batch.targets[rows])
-        return {"loss": (batch.weights[rows] * nll).sum()}
+    def chunk_loss(logits, part):
+        nll = -token_logps(logits, batch.targets[part])
+        return {"loss": (batch.weights[part] * nll).sum()}
 
     return backward_in_chunks(lm, lm.hidden(batch), chunk_loss, scale)
 
@@ -242,9 +248,9 @@ def dpo_batch_loss(lm: LM, batch: Batch, scale: float, beta: float, reference: L
     losses = dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta)
     (slopes,) = torch.autograd.grad(losses.sum(), logps)
 
-    def chunk_loss(logits, rows):
-        slope = slopes[batch.response[rows]]
-        return {"loss": (slope * token_logps(logits, batch.targets[rows])).sum()}
+    def chunk_loss(logits, part):
+        slope = slopes[batch.response[part]]
+        return {"loss": (slope * token_logps(logits, batch.targets[part])).sum()}
 
     backward_in_chunks(lm, hidden, chunk_loss, scale)
     chosen_rewards, rejected_rewards = implicit_reward(logps, ref_logps, beta).chunk(2)
@@ -279,7 +285,6 @@ class Teacher:
         self.args, self.load = args, load
         self.contrastive = args.reward == "contrastive"
         self.base = "reverse_dpo" if self.contrastive else "reference"
-        self.reward_name = "reward" if self.contrastive else "reward_dpo"
 
     @cached_property
     def lms(self) -> dict[str, LM]:
@@ -291,9 +296,9 @@ class Teacher:
         return {name: lm.hidden(batch) for name, lm in self.lms.items()}
 
     @torch.no_grad()
-    def logits(self, hidden: dict[str, Tensor], rows: slice) -> TeacherLogits:
-        """The teacher at the states `rows`. No gradient flows through it, nor through α."""
-        z = {name: lm.logits(hidden[name][rows]) for name, lm in self.lms.items()}
+    def logits(self, hidden: dict[str, Tensor], part: slice) -> TeacherLogits:
+        """The teacher at a part of the states. No gradient flows through it, nor through α."""
+        z = {name: lm.logits(hidden[name][part]) for name, lm in self.lms.items()}
         if self.args.alpha is None:
             alpha = adaptive_alpha(z["dpo"], z["base"], self.args.alpha_r)
         else:
@@ -314,9 +319,9 @@ def distillation_batch_loss(lm: LM, batch: Batch, scale: float, teacher: Teacher
     beta, on_policy = teacher.args.beta, not teacher.args.off_policy
     teacher_hidden = teacher.hidden(batch)  # before the policy's own pass: on two devices they overlap
 
-    def chunk_loss(logits, rows):
-        tokens, weight = batch.targets[rows], batch.weights[rows]
-        z = teacher.logits(teacher_hidden, rows)
+    def chunk_loss(logits, part):
+        tokens, weight = batch.targets[part], batch.weights[part]
+        z = teacher.logits(teacher_hidden, part)
         beta_t = token_beta(z.alpha, beta)
         kl = reverse_kl(logits, z.target)
         dpo_logps = token_logps(z.dpo, tokens)
@@ -326,7 +331,7 @@ def distillation_batch_loss(lm: LM, batch: Batch, scale: float, teacher: Teacher
             "implausible": (weight * implausible_mass(z.target, z.dpo)).sum(),
             "alpha": (weight * z.alpha).sum(),
             "beta_t": (weight * beta_t).sum(),
-            teacher.reward_name: implicit_reward(dpo_logps, token_logps(z.base, tokens), beta).sum(),
+            "reward": implicit_reward(dpo_logps, token_logps(z.base, tokens), beta).sum(),
         }
         if on_policy:
             own_logps = token_logps(logits.detach(), tokens)
@@ -398,9 +403,11 @@ def align(args: Args) -> dict:
 def train(run: Run, stage: str, start: str, pairs, examples_of, loss_of, learning_rate, epochs) -> str:
     """Train a copy of the model `start` (folder or hub id) and return its folder, <output_dir>/<stage>.
 
-    `examples_of` says what a step trains on (below), `loss_of` with which loss (section 3). AdamW, linear
-    warm-up then a cosine, gradients clipped to `max_grad_norm`. A finished stage is not repeated; one under
-    way goes on from its last checkpoint. Raises BadInput, before the update, when a gradient is not finite.
+    `examples_of(run, lm, rows)` says what a step trains on, given rows of the data (section 7): examples,
+    which are lists of Responses that stay together, and facts, which are logged: name → a number an example.
+    `loss_of(lm, batch, scale)` is a loss of section 3. AdamW, linear warm-up then a cosine, gradients clipped
+    to `max_grad_norm`. A finished stage is not repeated; one under way goes on from its last checkpoint.
+    Raises BadInput, before the update, when a gradient is not finite.
     """
     args, folder = run.args, run.out / stage
     if folder.exists():
@@ -408,53 +415,51 @@ def train(run: Run, stage: str, start: str, pairs, examples_of, loss_of, learnin
         return str(folder)
     lm = load_lm(run, start)
     optimizer = torch.optim.AdamW(lm.model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    batches = batches_of(args, len(pairs), epochs)
-    first, num_tokens = resume(run, stage, lm.model, optimizer)
+    batches = batches_of(args, len(pairs), epochs, run.world)
+    first = resume(run, stage, lm.model, optimizer)
     torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
 
     bar = run.bar(range(first, len(batches)), stage, initial=first, total=len(batches))
     for step in bar:
         n, done = len(batches[step]), step + 1
         torch.manual_seed(seed_of(args.seed, stage, step, run.rank))
-        rows = pairs.select(batches[step][run.rank :: run.world]).to_list()
-        examples, watched = examples_of(run, lm, rows)
-        sums = Counter(watched)  # its update() adds
-        sums["num_tokens"] = sum(len(x.prompt) + len(x.tokens) for example in examples for x in example)
-        # layers recompute activations in training mode only; it changes nothing else, for dropout is 0
-        lm.model.train(args.gradient_checkpointing)
+        rows = pairs.select(batches[step][run.rank :: run.world]).to_list()  # this process's share
+        examples, facts = examples_of(run, lm, rows)
+        sums = Counter({name: sum(values) for name, values in facts.items()})
         for _, batch in micro_batches(run, examples):
-            sums.update(loss_of(lm, batch, scale=1 / n))
-        lm.model.eval()  # in which sampling has its cache
+            sums.update(loss_of(lm, batch, scale=1 / n))  # a Counter's update() adds
         grad_norm = gather_gradients(run, lm.model, f"{stage}, step {done}")
         rate = learning_rate * warmup_then_cosine(step, len(batches), args.warmup_ratio)
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
 
-        line = means_over_ranks(run, sums, n) | {"grad_norm": grad_norm, "learning_rate": rate}
-        num_tokens += round(n * line["num_tokens"])
-        line["num_tokens"] = num_tokens
-        run.log(stage, done, line)
-        bar.set_postfix(loss=line["loss"], grad_norm=grad_norm)
-        if done % args.save_steps == 0 or done == len(batches):
-            save_checkpoint(run, stage, lm.model, optimizer, step=done, num_tokens=num_tokens)
+        totals = run.sum_over_ranks(torch.tensor([*map(float, sums.values())], device=run.device))
+        means = dict(zip(sums, (totals / n).tolist()))
+        run.log(stage, done, means | {"grad_norm": grad_norm, "learning_rate": rate})
+        bar.set_postfix(loss=means["loss"], grad_norm=grad_norm)
+        if run.rank == 0 and (done % args.save_steps == 0 or done == len(batches)):
+            save_checkpoint(run, stage, lm.model, optimizer, done)
             prompt = rows[0]["prompt"]
             (tokens,) = sample(run, lm, [prompt])
-            texts = run.tokenizer.batch_decode([prompt[-20:], tokens[:64]])
-            run.say(f"{stage}, step {done}: {texts[0]!r} → {texts[1]!r}")
+            text = run.tokenizer.decode(prompt[-20:] + tokens[:64])
+            run.say(f"{stage}, step {done}: {text!r}")
     save_model(run, lm.model, folder)
     return str(folder)
 
 
-def batches_of(args: Args, n: int, epochs: float):
-    """Which of n records each step of a stage takes: a new seeded permutation of 0..n−1 each epoch."""
-    size = min(args.batch_size, n)
-    steps = min(math.ceil(epochs * n / size), args.max_steps or sys.maxsize)
-    order = []
-    for epoch in range(math.ceil(steps * size / n)):
+def batches_of(args: Args, n: int, epochs: float, world: int):
+    """Which of n pairs each step of a stage takes: `epochs` passes, each a new seeded permutation of 0..n−1.
+    The last batch is what is left, if that is enough for each of the `world` processes to have a pair."""
+    size, order = min(args.batch_size, n), []
+    total = max(round(epochs * n), world)
+    if total % size < world:
+        total -= total % size
+    for epoch in range(math.ceil(total / n)):
         generator = torch.Generator().manual_seed(seed_of(args.seed, "order", epoch))
         order += torch.randperm(n, generator=generator).tolist()
-    return [order[step * size : (step + 1) * size] for step in range(steps)]
+    batches = [order[start : min(start + size, total)] for start in range(0, total, size)]
+    return batches[: args.max_steps]
 
 
 def warmup_then_cosine(step: int, steps: int, warmup_ratio: float) -> float:
@@ -470,21 +475,11 @@ def gather_gradients(run: Run, model, where: str) -> float:
     for parameter in model.parameters():
         if parameter.grad is None:  # the processes must agree on what they sum
             parameter.grad = torch.zeros_like(parameter)
-        run.total(parameter.grad)
+        run.sum_over_ranks(parameter.grad)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), run.args.max_grad_norm).item()
     if not math.isfinite(norm):
         raise BadInput(f"{where}: the gradient is not finite; lower the learning rate")
     return norm
-
-
-def means_over_ranks(run: Run, sums, n: int):
-    """Sums of this process → means over the n examples of all processes, as numbers."""
-    values = torch.tensor([float(value) for value in sums.values()], device=run.device)
-    return dict(zip(sums, (run.total(values) / n).tolist()))
-
-
-# What a step trains on. Each maps (run, lm, rows of the data) to examples, which are lists of Responses that
-# stay together, and to a dict of sums over them that are logged.
 
 
 def data_responses(run: Run, lm, rows, keys):
@@ -493,37 +488,37 @@ def data_responses(run: Run, lm, rows, keys):
 
 
 def own_responses(run: Run, lm: LM, rows):
-    """One response of the policy to each prompt, ŷ ~ π_θ(·|x): Eq. 18. Logged: lengths, the demo's truth."""
+    """One response of the policy to each prompt, ŷ ~ π_θ(·|x): Eq. 18. Facts: how long it is in tokens,
+    whether the length limit clipped it, and the demo's truth."""
     sampled = sample(run, lm, [row["prompt"] for row in rows])
-    watched = {
+    facts = {
         "completions/mean_length": [len(tokens) for tokens in sampled],
-        "completions/clipped_ratio": [tokens[-1] not in run.stop_ids for tokens in sampled],
-        **truth(run, rows, sampled),
+        "completions/clipped_ratio": [float(tokens[-1] not in run.stop_ids) for tokens in sampled],
     }
-    examples = [[Response(row["prompt"], tokens)] for row, tokens in zip(rows, sampled)]
-    return examples, {name: sum(values) for name, values in watched.items()}
+    if run.args.dataset == "demo":
+        end, texts = run.tokenizer.eos_token, run.tokenizer.batch_decode(sampled)
+        reviews = [text.removesuffix(end).rstrip() for text in texts]
+        for judge in (true_reward, well_formed):
+            facts[judge.__name__] = [judge(row["instruction"], review) for row, review in zip(rows, reviews)]
+    return [[Response(row["prompt"], tokens)] for row, tokens in zip(rows, sampled)], facts
 
 
 @torch.no_grad()
 def sample(run: Run, lm: LM, prompts):
     """One response to each prompt, as token ids, drawn from the model's own distribution by torch's global
     generator. A response keeps its end token; one that the length limit cut has none."""
-    args, size = run.args, run.args.sampling_batch_size
+    args, responses = run.args, []
     config = transformers.GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=run.stop_ids,
-        pad_token_id=run.tokenizer.pad_token_id, max_new_tokens=args.max_length - args.max_prompt_length,
+        pad_token_id=run.pad_id, max_new_tokens=args.max_length - args.max_prompt_length,
     )  # fmt: skip
-    shortest_first = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    outputs = {}
-    for start in range(0, len(prompts), size):
-        group = shortest_first[start : start + size]
-        rows = {"input_ids": [prompts[i] for i in group]}
-        padded = run.tokenizer.pad(rows, padding_side="left", return_tensors="pt").to(lm.model.device)
-        with or_refuse("no response can be drawn from the model: lower the learning rate"):
-            output = lm.generate(padded.input_ids, padded.attention_mask, config)
-        responses = output[:, padded.input_ids.shape[1] :].tolist()
-        outputs.update(zip(group, responses))
-    return [until_stop(outputs[i], run.stop_ids) for i in range(len(prompts))]
+    for start in range(0, len(prompts), args.sampling_batch_size):
+        group = prompts[start : start + args.sampling_batch_size]
+        input_ids = pad(group, value=run.pad_id, side="left")
+        mask = pad([[1] * len(prompt) for prompt in group], value=0, side="left")
+        output = lm.generate(input_ids, mask, config)
+        responses += output[:, input_ids.shape[1] :].tolist()
+    return [until_stop(tokens, run.stop_ids) for tokens in responses]
 
 
 def until_stop(tokens, stop_ids):
@@ -566,14 +561,19 @@ class Batch:
     weights: Tensor  # (N,) 1/|y| of that response
 
 
+def pad(rows, value: int, side: str) -> Tensor:
+    """Lists of ids → (B, T), with `value` before ("left") or behind ("right") the shorter ones."""
+    rows = [torch.tensor(row) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
+
+
 def collate(examples: list[list[Response]], pad_id: int, device="cpu") -> Batch:
     """[[Response, ...], ...] → Batch: the first response of every example, then the second ones."""
     responses = [response for part in zip(*examples, strict=True) for response in part]
-    rows = [torch.tensor(x.prompt + x.tokens) for x in responses]
+    input_ids = pad([x.prompt + x.tokens for x in responses], value=pad_id, side="right")
     # from the last token of the prompt to the last but one of the response: what they predict is the response
-    masks = [torch.tensor([False] * (len(x.prompt) - 1) + [True] * len(x.tokens)) for x in responses]
-    input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)
-    mask = torch.nn.utils.rnn.pad_sequence(masks, batch_first=True)
+    masks = [[0] * (len(x.prompt) - 1) + [1] * len(x.tokens) for x in responses]
+    mask = pad(masks, value=0, side="right")
     response, position = mask.nonzero(as_tuple=True)
     states = response * input_ids.shape[1] + position
     targets = input_ids[response, position + 1]
@@ -591,7 +591,7 @@ def micro_batches(run: Run, examples: list[list[Response]]):
     while order:
         tokens_each = len(examples[order[0]]) * widths[order[0]]  # padded to the longest
         group = order[: max(1, run.args.tokens_per_micro_batch // tokens_each)]
-        yield group, collate([examples[i] for i in group], run.tokenizer.pad_token_id, run.device)
+        yield group, collate([examples[i] for i in group], run.pad_id, run.device)
         order = order[len(group) :]
 
 
@@ -604,7 +604,10 @@ class LM:
     """
 
     def __init__(self, model, precision: str = "float32", head_device=None, tokenizer=None):
-        self.model, self.precision, self.tokenizer = model.eval(), precision, tokenizer
+        self.model, self.precision, self.tokenizer = model.eval(), precision, tokenizer  # no dropout
+        named = model.generation_config.eos_token_id
+        self.named_stops = named if isinstance(named, list) else [named]
+        model.generation_config = transformers.GenerationConfig()  # so that generate() adds nothing of its own
         self.head = model.get_output_embeddings()
         if head_device not in (None, self.head.weight.device):
             self.head = copy.deepcopy(self.head).to(head_device)
@@ -634,17 +637,16 @@ class LM:
         return logits
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor, config):
-        """model.generate() by `config` alone: what that leaves unset, generate() would take from the
-        checkpoint's own (a repetition penalty, say). Prompts (B, T) are padded on the left (mask 0)."""
-        checkpoint_config, self.model.generation_config = self.model.generation_config, config
+        """model.generate() by `config` alone. Prompts (B, T) are padded on the left (mask 0)."""
+        device = self.model.device
         with self.autocast():
-            output = self.model.generate(input_ids, attention_mask=attention_mask, generation_config=config)
-        self.model.generation_config = checkpoint_config
-        return output
+            return self.model.generate(
+                input_ids.to(device), attention_mask=attention_mask.to(device), generation_config=config
+            )
 
 
 def backward_in_chunks(lm: LM, hidden: Tensor, chunk_loss, scale: float):
-    """The sums of chunk_loss(logits, rows) over all chunks; leaves scale·∇(sum of "loss") in .grad.
+    """The sums of chunk_loss(logits, part) over all chunks; leaves scale·∇(sum of "loss") in .grad.
 
     A chunk's gradient is taken at once, down to its hidden states (N, hidden size), so that no more than one
     chunk's logits are alive; one backward pass through the body follows. Exact, because the loss is a sum
@@ -652,12 +654,12 @@ def backward_in_chunks(lm: LM, hidden: Tensor, chunk_loss, scale: float):
     """
     sums, hidden_grad = Counter(), torch.empty_like(hidden)
     for start in range(0, len(hidden), CHUNK_SIZE):
-        rows = slice(start, start + CHUNK_SIZE)
-        chunk = hidden[rows].detach().requires_grad_()
-        values = chunk_loss(lm.logits(chunk), rows)
+        part = slice(start, start + CHUNK_SIZE)
+        chunk = hidden[part].detach().requires_grad_()
+        values = chunk_loss(lm.logits(chunk), part)
         (scale * values["loss"]).backward()
-        hidden_grad[rows] = chunk.grad
-        sums.update({name: value.detach() for name, value in values.items()})  # a Counter's update() adds
+        hidden_grad[part] = chunk.grad
+        sums.update({name: value.detach() for name, value in values.items()})
     hidden.backward(hidden_grad)
     return sums
 
@@ -667,231 +669,183 @@ def response_logps(lm: LM, batch: Batch, hidden: Tensor) -> Tensor:
     """log π(y|x) of every response, (B,), from hidden = lm.hidden(batch). No gradient."""
     logps = batch.weights.new_zeros(len(batch.input_ids))
     for start in range(0, len(hidden), CHUNK_SIZE):
-        rows = slice(start, start + CHUNK_SIZE)
-        logps.index_add_(0, batch.response[rows], token_logps(lm.logits(hidden[rows]), batch.targets[rows]))
+        part = slice(start, start + CHUNK_SIZE)
+        logps.index_add_(0, batch.response[part], token_logps(lm.logits(hidden[part]), batch.targets[part]))
     return logps
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 7  Data: from any preference format to token ids. For a chat model its own template is the only source: a
-#    response is the rendering of the whole conversation minus that of the prompt, up to the first stop token.
+# 7  Data: one path from a record to token ids. What a record says is trained, all of it, or it is refused.
+#    What stands around its words is the chat template's alone.
 
-FILE_KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-TEXTS = ("prompt", "chosen", "rejected")
-# What stands in columns of these names is part of the question, or the data are not what they seem.
-UNREAD_COLUMNS = """question instruction query problem input post user human context system system_prompt
-    history documents tools images""".split()
-BEYOND_TEXT = {"tool_calls", "tool_call_id", "reasoning_content", "reasoning", "thinking"}  # of a message
+FILE_KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+# A column of one of these names is a part of the question: it may not stay unread.
+UNREAD_COLUMNS = """question instruction instructions query problem input inputs post user human context contexts
+    passage article document documents history chat_history system system_prompt system_message tools functions
+    image images audio video videos""".split()
+# A row of the data, which the rest of the file trains on: its record's place in the source, the messages
+# before the answer as people read them, the token ids of all that stands before the answer and of both
+# responses, whether a length limit cut one, why the pair is left out ("" if not), and a checksum.
+IDS = datasets.List(datasets.Value("int32"))
+FEATURES = datasets.Features(
+    {name: datasets.Value("string") for name in ("instruction", "left_out")}
+    | {name: datasets.Value("int64") for name in ("record", "crc")}
+    | {name: IDS for name in ("prompt", "chosen", "rejected")} | {"cut": datasets.Value("bool")}
+)  # fmt: skip
+# For a model without a template. FIRST is what its tokenizer itself puts before a text.
+PLAIN_TEMPLATE = """{{ FIRST }}{% for message in messages %}{{ message.content }}
+    {{- eos_token if message.role == 'assistant' else '\\n' }}{% endfor %}"""
 
 
 def load_pairs(run: Run):
-    """(training pairs, held-out pairs), data sets of the rows of `encode_record`. Without a test split, a
-    tenth of the prompts is held out. Raises BadInput if there is nothing to use."""
+    """(training pairs, held-out pairs), data sets of the rows of FEATURES. Without a test split, a tenth of
+    the prompts is held out. Raises BadInput if there is nothing to use."""
     args, splits = run.args, read_splits(run.args)
-    train_split = args.train_split or ("train_prefs" if "train_prefs" in splits else "train")
-    test_split = args.test_split or train_split.replace("train", "test")
-    if not {train_split, args.test_split} <= {None, *splits}:
-        raise BadInput(f"--dataset {args.dataset} has only the splits {', '.join(splits)}: see --train_split")
-    train_rows = encode(run, splits[train_split], args.limit)
-    if test_split in splits and test_split != train_split:
-        test_rows = encode(run, splits[test_split], args.eval_pairs)
+    train_split = "train_prefs" if "train_prefs" in splits else "train"
+    test_split = train_split.replace("train", "test")
+    if train_split not in splits:
+        raise BadInput(f"--dataset {args.dataset} has no split train or train_prefs ({', '.join(splits)})")
+    train_pairs = read_pairs(run, splits[train_split], args.limit)
+    if test_split in splits:
+        test_pairs = read_pairs(run, splits[test_split], args.eval_pairs)
     else:
-        prompts = sorted({row["instruction"] for row in train_rows}, key=partial(seed_of, args.seed))
-        held_out = set(prompts[: math.ceil(len(prompts) / 10)])
-        test_rows = [row for row in train_rows if row["instruction"] in held_out][: args.eval_pairs]
-        train_rows = [row for row in train_rows if row["instruction"] not in held_out]
-    run.say(f"{args.dataset}: {len(train_rows):,} pairs to train on, {len(test_rows):,} held out")
-    if not train_rows or not test_rows:
-        raise BadInput(f"--dataset {args.dataset}: too few usable pairs; add pairs, with other prompts")
-    return datasets.Dataset.from_list(train_rows), datasets.Dataset.from_list(test_rows)
+        order = [seed_of(args.seed, instruction) for instruction in train_pairs["instruction"]]
+        prompts = sorted(set(order))
+        last = prompts[math.ceil(len(prompts) / 10) - 1]
+        test_pairs = train_pairs.select([i for i, x in enumerate(order) if x <= last][: args.eval_pairs])
+        train_pairs = train_pairs.select([i for i, x in enumerate(order) if x > last])
+    run.say(f"{args.dataset}: {len(train_pairs):,} pairs to train on, {len(test_pairs):,} held out")
+    if len(train_pairs) == 0:
+        raise BadInput(f"--dataset {args.dataset}: too few pairs; add some with another prompt")
+    return train_pairs, test_pairs
 
 
 def read_splits(args: Args):
     """The splits by name of a local file or folder, a hub data set or the demo."""
-    if args.dataset == "demo":
-        return {"train": demo_records(6144, args.seed), "test": demo_records(1024, args.seed + 10**6)}
     name, config, options = args.dataset, None, {}
+    if name == "demo":
+        return {"train": demo_records(6144, args.seed), "test": demo_records(1024, args.seed + 10**6)}
     if not os.path.exists(name):  # an existing path may hold a colon of its own
         name, _, config = name.partition(":")
-    kind = FILE_KINDS.get(Path(name.removesuffix(".gz")).suffix.lower())
+    kind = FILE_KINDS.get(Path(name).suffix.lower())
     if kind:
         options["data_files"] = glob.escape(name)
-    if kind == "csv":  # as text, or pandas takes "NA" for a missing value
-        options |= {"converters": dict.fromkeys(TEXTS, str), "keep_default_na": False}
     with or_refuse(f"--dataset {name} cannot be read"):
-        if os.path.isfile(name) and not kind:
-            raise ValueError(f"the name must end in {', '.join(FILE_KINDS)}, or in .gz after that")
         if os.path.isdir(name) and glob.escape(name) != name:
             raise ValueError("the folder's name would be taken for a pattern: rename it")
         if Path(name, "state.json").exists() or Path(name, "dataset_dict.json").exists():
             raise ValueError("it was written by save_to_disk: write it with to_parquet or to_json")
+        how = "with pandas: read_csv(...).to_json('pairs.jsonl', orient='records', lines=True)"
+        if os.path.isfile(name) and not kind or any(Path(name).glob("**/*.csv*")):
+            raise ValueError(f"a file must be a {', '.join(FILE_KINDS)}; make one {how}")
         return datasets.load_dataset(kind or name, config or None, **options)
 
 
-def encode(run: Run, records, limit):
-    """The first `limit` records, tokenized; says how many were cut and left out."""
-    name = run.args.dataset
-    records = run.bar(islice(records, limit), f"reading {name}")
-    rows = [encode_record(run, record, number) for number, record in enumerate(records)]
-    usable = [row for row in rows if row["chosen"] != row["rejected"]]
-    left_out = f"{len(rows) - len(usable)} left out (empty or identical responses, different prompts)"
-    run.say(f"{name}: of {len(rows):,} pairs {sum(row['cut'] for row in usable)} are cut, {left_out}")
-    return usable
+def read_pairs(run: Run, records, limit):
+    """The first `limit` records as rows of FEATURES, without those left out; it prints how many, and why.
+
+    The library keeps the rows: the same records, tokenizer, lengths and code are not read again. Raises
+    BadInput with the record's number for one of no known form, and if no pair can be used.
+    """
+    args, chat, name = run.args, run.chat, run.args.dataset
+    records = records.select(range(min(limit or sys.maxsize, len(records))))
+    lengths = {"max_length": args.max_length, "max_prompt_length": args.max_prompt_length}
+    made_from = [records._fingerprint, Path(__file__).read_text(encoding="utf-8"), lengths, chat.stop_ids]
+    made_from += [chat.tokenizer.backend_tokenizer.to_str(), chat.tokenizer.chat_template]
+    if run.local_rank > 0:  # the first process of a node reads, the others then find what it kept
+        run.barrier()
+    try:
+        rows = records.map(
+            encode_batch, batched=True, with_indices=True, fn_kwargs={"chat": chat, **lengths},
+            features=FEATURES, remove_columns=records.column_names, desc=f"reading {name}",
+            num_proc=min(os.cpu_count(), len(records) // 1000) or None,
+            new_fingerprint=datasets.fingerprint.Hasher.hash(made_from),
+        )  # fmt: skip
+    except ValueError as error:
+        raise BadInput(f"--dataset {name}: {one_line(error)}") from error
+    finally:
+        if run.local_rank == 0:
+            run.barrier()
+    left_out = rows["left_out"][:]
+    reasons = dict(Counter(filter(None, left_out)))
+    told = f"{name}: of {len(rows):,} pairs {sum(rows['cut'])} are cut; left out {reasons or 'none'}"
+    run.say(told)
+    if all(left_out):
+        raise BadInput(f"no pair can be used: {told}")
+    return rows.select([i for i, reason in enumerate(left_out) if not reason])
 
 
-def encode_record(run: Run, record, number: int):
-    """A record, the `number`th of its source → a row: prompt, chosen and rejected as token ids, whether they
-    are cut, and the instruction as people read it. A pair of no use has two empty responses. Raises BadInput
-    naming the record's place."""
-    row = {"record": number, "prompt": [], "chosen": [], "rejected": [], "cut": False}
-    with or_refuse(f"{run.args.dataset}: fix or remove record {number}, counted from 0"):
-        prompt, chosen, rejected = split_record(record)
-        question = prompt if isinstance(prompt, str) else "\n\n".join(x["content"] for x in prompt)
-        for name, value in record.items():
-            if name.lower() in UNREAD_COLUMNS and value and str(value).strip() not in question:
-                raise ValueError(f"column '{name}' is not read: make it a part of 'prompt'")
-        if not question and record.get("prompt") is None and len(record) > 2:
-            raise ValueError(f"no question: rename its column to 'prompt' (there are {', '.join(record)})")
-        row["instruction"] = question
-        if chosen["content"].strip() and rejected["content"].strip():
-            texts_of = run.chat.texts_of if run.chat else partial(plain_texts, end=run.tokenizer.eos_token)
-            row |= token_ids(run, *texts_of(prompt, chosen, rejected))
-        return row
-
-
-def token_ids(run: Run, prompt: str, chosen: str, rejected: str):
-    """The texts of a pair → token ids, cut to the lengths: a response loses its end, a prompt its beginning,
-    but for what begins every text of the model. Raises ValueError for a response without an end token."""
-    args, tokenizer = run.args, run.tokenizer
-    ids = tokenizer(prompt, add_special_tokens=False).input_ids
-    if not run.chat and ids[: len(run.first_ids)] != run.first_ids:  # a chat template writes all itself
-        ids = run.first_ids + ids
-    ids = ids or run.stop_ids[:1]  # an empty prompt still needs a state to predict from
-    surplus = len(ids) - args.max_prompt_length
-    if surplus > 0:
-        begin = [i for i in ids[:2] if i in (*run.first_ids, tokenizer.bos_token_id)]
-        ids = begin + ids[surplus + len(begin) :]
-    row = {"prompt": ids, "cut": surplus > 0}
-    for name, text in (("chosen", chosen), ("rejected", rejected)):
-        whole = response_ids(tokenizer, prompt, text)
-        response = until_stop(whole, run.stop_ids)  # a template may write more after it
-        if response[-1] not in run.stop_ids:
-            raise ValueError("the chat template writes no end token after this answer")
-        row[name] = response[: args.max_length - len(ids)]
-        row["cut"] |= row[name] != response
-    return row
-
-
-def response_ids(tokenizer, prompt: str, response: str):
-    """The ids of a response as they follow its prompt's. Where a merge would cross the boundary, another text
-    stands before: tokenizers like SentencePiece's put a space before a text that stands alone."""
-    for before in (prompt, "\n", ":", "a", ""):
-        start = tokenizer(before, add_special_tokens=False).input_ids
-        whole = tokenizer(before + response, add_special_tokens=False).input_ids
-        if whole[: len(start)] == start:
-            return whole[len(start) :]
+def encode_batch(columns, numbers, chat: ChatTemplate, max_length: int, max_prompt_length: int):
+    """Records, a list a column, and their numbers → rows of FEATURES, a list a column. Raises ValueError with
+    the number of a record of no known form."""
+    rows, texts = [], []
+    for i, number in enumerate(numbers):
+        row = {"record": number, "left_out": ""}
+        try:
+            before, *answers = split_record({name: values[i] for name, values in columns.items()})
+        except ValueError as error:
+            raise ValueError(f"record {number}, counted from 0: {error}") from error
+        row["instruction"] = "\n\n".join(message["content"] for message in before)
+        try:
+            texts.append(chat.texts_of(before, answers))
+        except ValueError as error:
+            texts.append(["", "", ""])
+            row["left_out"] = str(error)
+        rows.append(row)
+    prompts, chosen, rejected = zip(*texts)
+    read = zip(chat.ids(prompts), chat.response_ids(prompts, chosen), chat.response_ids(prompts, rejected))
+    for row, (prompt, chosen, rejected) in zip(rows, read):
+        row["prompt"] = chat.cut_prompt(prompt, max_prompt_length)
+        room = max_length - len(row["prompt"])
+        row["chosen"], row["rejected"] = chosen[:room], rejected[:room]
+        row["cut"] = row["prompt"] != prompt or max(len(chosen), len(rejected)) > room
+        if row["chosen"] == row["rejected"]:
+            row["left_out"] = row["left_out"] or "the two responses are the same"
+        row["crc"] = zlib.crc32(str(row).encode())
+    return {name: [row[name] for row in rows] for name in FEATURES}
 
 
 def split_record(record):
-    """A record of any of TRL's preference formats, or of hh-rlhf → (prompt, chosen, rejected answer).
+    """A record → (messages before the answer, chosen answer, rejected answer). Raises ValueError.
 
-    The prompt is text, or a list of messages, which may end with the beginning of the answer. An answer is a
-    message; the rejected one is empty if the two conversations do not have the same prompt. Raises ValueError
-    for a record in none of the formats.
+    Answers are texts, and `prompt` is one, or a list of messages. Or they are lists of messages that end with
+    the answer; what stands before it is the same in both, with `prompt` in it, or nothing and `prompt` is it.
     """
-    prompt, chosen, rejected = (read_field(record, key) for key in TEXTS)
-    if chosen is None or type(chosen) is not type(rejected):
-        columns = ", ".join(record)
-        raise ValueError(f"'chosen' and 'rejected' must be two texts or two conversations (it has {columns})")
-    if isinstance(chosen, str):
-        if re.match(r"""\s*\[\s*\{.*['"](role|from)['"]\s*:""", chosen, re.DOTALL):
-            raise ValueError("'chosen' is a list of messages written as text")
-        if prompt is None and "prompt" in record:
-            raise ValueError("'prompt' is missing")
-        repeated = isinstance(prompt, str) and chosen.startswith(prompt) and rejected.startswith(prompt)
-        if repeated and len(prompt.split()) > 3:
-            raise ValueError("both answers repeat 'prompt'")
-    if prompt is None and messages_of(chosen):
-        chosen, rejected = messages_of(chosen), messages_of(rejected)
-    elif messages_of(prompt):
-        prompt = messages_of(prompt)
-        if isinstance(chosen, str) and not prompt[-1]["content"]:  # else the answers continue that turn
-            chosen, rejected = chosen.strip(), rejected.strip()
-    if isinstance(chosen, list):
-        return split_conversations(prompt, chosen, rejected)
-    if prompt is None:  # implicit: the words that both begin with
-        words = [re.findall(r"\s?\S*", text) for text in (chosen, rejected)]
-        prompt = "".join(os.path.commonprefix(words))
-        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]  # "" if one begins the other
-    return prompt, {"role": "assistant", "content": chosen}, {"role": "assistant", "content": rejected}
+    prompt = read_messages(record, "prompt", role="user")
+    *shared, chosen = read_messages(record, "chosen", role="assistant") or [None]
+    *other, rejected = read_messages(record, "rejected", role="assistant") or [None]
+    if not chosen or not rejected or {chosen["role"], rejected["role"]} != {"assistant"}:
+        raise ValueError(f"'chosen' and 'rejected' do not both end with an answer (it has {', '.join(record)})")
+    if shared != other:
+        raise ValueError("the messages before the answer differ in 'chosen' and 'rejected'")
+    if shared and any(message not in shared for message in prompt):
+        raise ValueError("'prompt' is not in the conversation of 'chosen'")
+    before = shared or prompt
+    if not before or before[-1]["role"] != "user":
+        has = "trl-lib/hh-rlhf-helpful-base has the conversations of Anthropic/hh-rlhf with one"
+        raise ValueError(f"no message of the user stands before the answer: 'prompt' is missing ({has})")
+    words = "\n".join(message["content"] for message in before)
+    for name, value in record.items():
+        if name.lower() in UNREAD_COLUMNS and value and str(value).strip() not in words:
+            raise ValueError(f"column '{name}' is not read: make it a part of 'prompt'")
+    return before, chosen["content"], rejected["content"]
 
 
-def split_conversations(prompt, chosen, rejected):
-    """`split_record` where the answers are conversations, which may repeat the prompt."""
-    if not (chosen and rejected) or {chosen[-1]["role"], rejected[-1]["role"]} != {"assistant"}:
-        raise ValueError("'chosen' or 'rejected' does not end with a message of the assistant")
-    *before, answer = chosen
-    *other_before, other = rejected
-    if other_before != before:
-        other = {"role": "assistant", "content": ""}
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    if prompt and any(message not in before for message in prompt):
-        if any(message["role"] == "user" for message in before):
-            raise ValueError("'prompt' is not in the conversation of 'chosen', which has another question")
-        before = prompt + before
-    if not before:
-        raise ValueError("there is no message before the answer")
-    return before, answer, other
-
-
-def read_field(record, key: str):
-    """A field: text, or messages with their content as text and without null keys; None if missing."""
-    value, messages = record.get(key), []
-    if value is None or isinstance(value, str):
-        return value
-    try:
-        for message in without_nulls(value):
-            content = message.get("content", "")
-            if not isinstance(content, str):  # parts, of which only {"type": "text", "text": ...} has text
-                content = "".join({"text": part["text"]}[part["type"]] for part in content)  # or KeyError
-            role = message["role"] + ""  # TypeError unless it is text
-            messages.append({**message, "role": role, "content": content})
-    except (TypeError, KeyError, AttributeError):
-        raise ValueError(f"field '{key}' is neither text nor messages with a role and text") from None
+def read_messages(record, key: str, role: str):
+    """A field's messages, each a role and a text; a text alone is one of the given role. Keys that are null
+    are none, for a table fills them in. Raises ValueError for anything else."""
+    value, messages = record.get(key) or [], []
+    if isinstance(record.get(key), str):
+        value = [{"role": role, "content": record[key]}]
+    for message in value if isinstance(value, list) else [value]:
+        items = message.items() if isinstance(message, dict) else []
+        known = {name: x for name, x in items if x is not None}
+        if known.keys() != {"role", "content"} or {type(x) for x in known.values()} != {str}:
+            raise ValueError(f"a message of '{key}' is not a role and a text alone (it has {', '.join(known)})")
+        if re.match(r"""\s*\[\s*\{.*['"](role|from)['"]\s*:""", known["content"], re.DOTALL):
+            raise ValueError(f"'{key}' is a list of messages written as text")
+        messages.append(known)
     return messages
-
-
-def without_nulls(value):
-    """The value without the keys that only other records have: a table fills them with null."""
-    if isinstance(value, dict):
-        return {name: without_nulls(x) for name, x in value.items() if x is not None}
-    return [without_nulls(x) for x in value] if isinstance(value, list) else value
-
-
-def messages_of(transcript):
-    """A transcript like hh-rlhf's, "\\n\\nHuman: … \\n\\nAssistant: …", as messages; [] if it is none."""
-    if not isinstance(transcript, str) or not re.match(r"\s*Human:.*\n\nAssistant:", transcript, re.DOTALL):
-        return []
-    turn = r"\n\n(Human|Assistant):(.*?)(?=\n\nHuman:|\n\nAssistant:|\Z)"
-    turns = re.findall(turn, "\n\n" + transcript.lstrip(), re.DOTALL)
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return [{"role": roles[who], "content": text.strip()} for who, text in turns]
-
-
-def plain_texts(prompt, chosen, rejected, end: str):
-    """Prompt, chosen and rejected response as texts where no chat template writes them."""
-    if isinstance(prompt, list):
-        if any(BEYOND_TEXT & set(message) for message in [*prompt, chosen, rejected]):
-            raise ValueError("a message holds more than text, which needs a model with a chat template")
-        turns = [f"{message['role'].capitalize()}:\n{message['content']}" for message in prompt]
-        if prompt[-1]["role"] != "assistant":  # else the responses continue that turn
-            turns.append("Assistant:\n")
-        prompt = "\n\n".join(turns)
-    elif prompt and not prompt[-1].isspace():
-        if not (chosen["content"][0].isspace() and rejected["content"][0].isspace()):
-            prompt += "\n"
-    return [prompt, chosen["content"] + end, rejected["content"] + end]
 
 
 class SameDay(datetime.datetime):
@@ -906,16 +860,16 @@ transformers.utils.chat_template_utils.datetime = SameDay
 
 
 class ChatTemplate:
-    """A model's own chat template, and what one short conversation tells about it.
+    """A tokenizer's chat template, and what one short conversation tells about it.
 
-    `header`: what it writes before an answer, but not as a generation prompt. `surplus`: the end of its
-    generation prompt that does not stand before an answer (R1's "<think>"). `tail`: what stands between
-    question and answer. `end_id`: the token that ends an answer. Raises ValueError for a template that cannot
-    be used.
+    `surplus`: the end of its generation prompt that does not stand before an answer (R1's "<think>").
+    `header`: what it writes before an answer, but not as a generation prompt. `tail`: what stands between
+    question and answer. `first_ids`: what begins every text. `stop_ids`: what ends a response; the first of
+    them stands behind an answer. Raises ValueError for a template that cannot be used.
     """
 
-    def __init__(self, tokenizer):
-        self.tokenizer, self.header = tokenizer, ""
+    def __init__(self, tokenizer, first_ids, named_ids):
+        self.tokenizer, self.header, self.first_ids = tokenizer, "", [*first_ids, tokenizer.bos_token_id]
         question, answer = {"role": "user", "content": "giraffe"}, {"role": "assistant", "content": "zebra"}
         prompt = self.render([question], add_generation_prompt=True)
         whole = self.render([question, answer])
@@ -927,39 +881,72 @@ class ChatTemplate:
         if prompt == self.render([question]):  # a template that knows no generation prompt
             self.header = whole[len(shared) : whole.index("zebra")].rstrip(" ")
         self.tail = shared.rpartition("giraffe")[2].strip()
-        after = tokenizer(whole.rpartition("zebra")[2], add_special_tokens=False).input_ids
-        known = {tokenizer.eos_token_id, *tokenizer.added_tokens_decoder}
+        (after,) = self.ids([whole.rpartition("zebra")[2]])
+        known = {tokenizer.eos_token_id, *tokenizer.added_tokens_decoder}  # another one may be a plain word
         ends = [i for i in after if i in known and tokenizer.decode(i).strip()]
         if not ends:
             raise ValueError("it writes no end token after an answer")
-        self.end_id = ends[0]
+        stops = [ends[0], tokenizer.eos_token_id, *[i for i in named_ids if i in known]]
+        self.stop_ids = list(dict.fromkeys(stops))
+        self.stop = re.compile("|".join(re.escape(tokenizer.decode(i)) for i in self.stop_ids))
 
     def render(self, messages, **options) -> str:
-        """Messages as the template writes them."""
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        """Messages as the template writes them. Raises ValueError with the template's own complaint."""
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        except jinja2.TemplateError as error:
+            raise ValueError(f"the chat template says: {one_line(error)}") from error
 
-    def texts_of(self, prompt, chosen, rejected):
-        """Prompt, chosen and rejected response as texts: a response is the whole minus the prompt."""
-        if isinstance(prompt, str):
-            if self.tokenizer.decode(self.end_id) in prompt or (self.tail and self.tail in prompt):
-                raise ValueError("'prompt' is in the chat template already: give the question alone")
-            prompt = [{"role": "user", "content": prompt}]
-        begun = {"content": ""}
-        if prompt[-1]["role"] == "assistant":  # the answer's beginning, which the responses continue
-            *prompt, begun = prompt
-        text = self.render(prompt, add_generation_prompt=True).removesuffix(self.surplus)
-        text += self.header + begun["content"]
-        for message in prompt:
-            content = message["content"].strip()
-            if message["role"] != "assistant" and content not in text and json.dumps(content) not in text:
-                raise ValueError(f"the chat template leaves out a message with role '{message['role']}'")
-        texts = [text]
-        for answer in (chosen, rejected):
-            whole = self.render([*prompt, begun | answer | {"content": begun["content"] + answer["content"]}])
-            if not whole.startswith(text):
-                raise ValueError("the chat template writes the prompt in another way when the answer follows")
-            texts.append(whole[len(text) :])
+    def texts_of(self, before, answers) -> list[str]:
+        """[prompt, response, response] as texts: a response is the whole conversation minus the prompt, up to
+        the first token that ends it. Raises ValueError if that is not all that the record says."""
+        prompt = self.render(before, add_generation_prompt=True).removesuffix(self.surplus) + self.header
+        question, texts = before[-1]["content"], [prompt]
+        if not all(text.strip() for text in (question, *answers)):
+            raise ValueError("the question or an answer is empty")
+        if all(answer.startswith(question) for answer in answers):
+            raise ValueError("both answers repeat the question")
+        for answer in answers:
+            messages = [*before, {"role": "assistant", "content": answer}]
+            whole = self.render(messages)
+            end = self.stop.search(whole, len(prompt))
+            if not end or not whole.startswith(prompt):
+                raise ValueError("the chat template writes the prompt in another way when an answer follows")
+            texts.append(whole[len(prompt) : end.end()])
+            place = 0
+            for message in messages:  # every text is there, in its order
+                text = message["content"].strip()
+                if self.stop.search(text) or (self.tail and self.tail in text):
+                    raise ValueError("a message holds what the chat template or a stop token writes")
+                place = whole.find(text, place, end.end())
+                if place < 0:
+                    raise ValueError(f"the chat template leaves out words of the {message['role']}")
+                place += len(text)
         return texts
+
+    def ids(self, texts):
+        """Texts → token ids, with nothing put before or after them."""
+        return self.tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
+
+    def response_ids(self, prompts, responses):
+        """The ids of responses as they follow their prompts, whose ends are enough to tell: tokenizers like
+        SentencePiece's put a space before a text that stands alone."""
+        starts = self.ids(prompt[-16:] for prompt in prompts)
+        wholes = self.ids(prompt[-16:] + response for prompt, response in zip(prompts, responses))
+        found = []
+        for start, whole, response in zip(starts, wholes, responses):
+            others = iter(["\n", ":", "a", ""])
+            while whole[: len(start)] != start:  # a token crosses the boundary: read it behind another text
+                other = next(others)
+                start, whole = self.ids([other, other + response])
+            found.append(whole[len(start) :])
+        return found
+
+    def cut_prompt(self, ids: list[int], longest: int) -> list[int]:
+        """A prompt that is too long loses its beginning, but for the tokens that begin every text."""
+        surplus = max(0, len(ids) - longest)
+        begin = [i for i in ids[:2] if surplus and i in self.first_ids]
+        return begin + ids[surplus + len(begin) :]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -995,15 +982,6 @@ def true_reward(prompt: str, review: str) -> float:
         return -2.0
     opinions = re.findall(r"was (not )?(\w+)", review)
     return sum(VALENCE[word] * (-1 if negation else 1) for negation, word in opinions) / len(opinions)
-
-
-def truth(run: Run, rows, sampled):
-    """The truth about sampled responses to the rows' prompts, a list each; nothing but the demo has it."""
-    if run.args.dataset != "demo":
-        return {}
-    prompts, end = [row["instruction"] for row in rows], run.tokenizer.eos_token
-    reviews = [text.removesuffix(end).rstrip() for text in run.tokenizer.batch_decode(sampled)]
-    return {judge.__name__: list(map(judge, prompts, reviews)) for judge in (true_reward, well_formed)}
 
 
 def demo_review(generator: random.Random, thing: str) -> str:
@@ -1075,22 +1053,25 @@ def evaluate(run: Run, folders, test_pairs, precision):
         return json.loads(path.read_text(encoding="utf-8"))
     torch.set_float32_matmul_precision("highest")
     lms = {name: load_lm(run, folder, precision="float32") for name, folder in folders.items()}
-    rows = list(islice(test_pairs, args.eval_prompts))
+    rows = test_pairs.to_list()
+    if args.dataset != "demo":  # which has few prompts; of others each is asked once
+        rows = list({row["instruction"]: row for row in rows}.values())
+    rows = rows[: args.eval_prompts]
     samples = pd.concat([own_samples(run, lms, name, rows) for name in lms], ignore_index=True)
-    judge = "judge" if args.judge else "true_reward"
+    score = "score" if args.judge else "true_reward"
     if args.judge:
-        samples[judge] = judge_scores(run, samples["instruction"], samples["output"])
-    if judge in samples:
-        gap = samples[judge] - np.tile(samples[judge][: len(rows)], len(lms))  # the reference's come first
+        samples[score] = judge_scores(run, samples)
+    if score in samples:
+        gap = samples[score] - np.tile(samples[score][: len(rows)], len(lms))  # the reference's come first
         samples["win_rate"] = (gap > 0) + 0.5 * (gap == 0)
     groups = samples.groupby("generator", sort=False)
     half_intervals = 1.96 * groups.sem(numeric_only=True)
     models = groups.mean(numeric_only=True).join(half_intervals.add_suffix("_pm"))
     models["distinct"] = groups["output"].nunique() / len(rows)
 
-    chosen = [Response(row["prompt"], row["chosen"]) for row in test_pairs]
-    rejected = [Response(row["prompt"], row["rejected"]) for row in test_pairs]
-    margins = {name: logps_of(run, lm, chosen) - logps_of(run, lm, rejected) for name, lm in lms.items()}
+    pairs, _ = data_responses(run, None, test_pairs, ["chosen", "rejected"])
+    chosen, rejected = zip(*pairs)
+    margins = logps_table(run, lms, chosen) - logps_table(run, lms, rejected)
     right = pd.DataFrame({"dpo": margins["dpo"] > margins["reference"]})
     if "reverse_dpo" in lms:
         right["reverse"] = margins["reference"] > margins["reverse_dpo"]
@@ -1098,15 +1079,15 @@ def evaluate(run: Run, folders, test_pairs, precision):
     accuracy = pd.DataFrame({"accuracy": right.mean(), "accuracy_pm": 1.96 * right.sem()})
     accuracy["pairs"] = len(right)
 
-    results = {"models": models.to_dict("index"), "reward_accuracy": accuracy.to_dict("index"), **precision}
+    results = {"models": models, "reward_accuracy": accuracy}
+    for name, table in results.items():
+        results[name] = table.dropna(axis=1).to_dict("index")  # a single response gives no interval
+    results |= precision
     write_json(run.out / "samples.json", samples.to_dict("records"))
     write_json(path, results)  # last: it says that the rest is there
     run.say(f"\nhow often a reward prefers the chosen response of a held-out pair:\n{accuracy.round(3)}\n")
-    columns = [judge, f"{judge}_pm", "well_formed", "win_rate", "win_rate_pm", "kl_ref", "length"]
-    table = models.filter(columns).round(2)
-    run.say(f"own responses to held-out prompts:\n{table.to_string()}\n")
-    if judge in samples:
-        run.say(f"Compare {judge} and win_rate of policy and dpo, and in kl_ref what they cost.")
+    columns = [score, f"{score}_pm", "well_formed", "win_rate", "win_rate_pm", "kl_ref", "length"]
+    run.say(f"own responses to held-out prompts:\n{models.filter(columns).round(2).to_string()}\n")
     run.say(f"models, metrics, samples and results are in {run.out}")
     return results
 
@@ -1114,54 +1095,49 @@ def evaluate(run: Run, folders, test_pairs, precision):
 def own_samples(run: Run, lms, name: str, rows) -> pd.DataFrame:
     """One response of lms[name] to each row's prompt, as a table in AlpacaEval's form with more columns."""
     torch.manual_seed(seed_of(run.args.seed, "evaluation"))  # the same random numbers for every model
-    sampled = sample(run, lms[name], [row["prompt"] for row in rows])
-    responses = [Response(row["prompt"], tokens) for row, tokens in zip(rows, sampled)]
-    logps = {other: logps_of(run, lm, responses) for other, lm in lms.items()}
-    teacher = Teacher(run.args, lms.get)
-    lengths = [len(tokens) for tokens in sampled]
-    columns = {
-        "instruction": [row["instruction"] for row in rows],
-        "token_ids": sampled,
-        "output": run.tokenizer.batch_decode(sampled, skip_special_tokens=True),
-        "generator": name,
-        "length": lengths,
-        "clipped": [float(tokens[-1] not in run.stop_ids) for tokens in sampled],
-        "kl_ref": logps[name] - logps["reference"],
-        "entropy": -logps[name] / lengths,
-        teacher.reward_name: implicit_reward(logps["dpo"], logps[teacher.base], run.args.beta),
-    }
-    return pd.DataFrame(columns | truth(run, rows, sampled))
+    examples, facts = own_responses(run, lms[name], rows)
+    responses = [response for (response,) in examples]
+    logps = logps_table(run, lms, responses)
+    base = Teacher(run.args, lms.get).base
+    table = pd.DataFrame({"instruction": [row["instruction"] for row in rows], "generator": name})
+    table["token_ids"] = [response.tokens for response in responses]
+    table["output"] = run.tokenizer.batch_decode(table["token_ids"], skip_special_tokens=True)
+    table["length"] = facts.pop("completions/mean_length")
+    table["clipped"] = facts.pop("completions/clipped_ratio")
+    table["kl_ref"] = logps[name] - logps["reference"]
+    table["entropy"] = -logps[name] / table["length"]
+    table["reward"] = implicit_reward(logps["dpo"], logps[base], run.args.beta)
+    return table.assign(**facts)
 
 
 @torch.no_grad()
-def logps_of(run: Run, lm: LM, responses) -> np.ndarray:
-    """log π(y|x) of each response, (n,)."""
-    logps = np.zeros(len(responses))
+def logps_table(run: Run, lms, responses) -> pd.DataFrame:
+    """log π(y|x): a row a response, a column a model."""
+    table = pd.DataFrame(0.0, index=range(len(responses)), columns=[*lms])
     batches = list(micro_batches(run, [[response] for response in responses]))
     for group, batch in run.bar(batches, "scoring", leave=False):
-        logps[group] = response_logps(lm, batch, lm.hidden(batch)).cpu()
-    return logps
+        for name, lm in lms.items():
+            table.loc[group, name] = response_logps(lm, batch, lm.hidden(batch)).cpu().numpy()
+    return table
 
 
 @torch.no_grad()
-def judge_scores(run: Run, instructions, outputs):
-    """The judge's score of every output, by its own chat template, or as a pair of texts if it has none. A
-    prompt of several turns is given to it as one message. Raises BadInput unless it has one output."""
+def judge_scores(run: Run, samples: pd.DataFrame) -> list[float]:
+    """The judge's score of every output, by its own chat template; a prompt of several turns is given to it
+    as one message. Raises BadInput unless it is a reward model: one output, and a chat template."""
     model, tokenizer = load_pretrained(transformers.AutoModelForSequenceClassification, run.args.judge)
-    if model.config.num_labels != 1:
-        raise BadInput(f"--judge has {model.config.num_labels} outputs: name a reward model; it has one")
+    if model.config.num_labels != 1 or not tokenizer.chat_template:
+        raise BadInput(f"--judge {run.args.judge} is no reward model with one output and a chat template")
     model.to(run.device).eval()
     tokenizer.truncation_side = "left"  # a text that is too long keeps the answer
-    positions = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
-    limit = {"truncation": True, "max_length": min(positions, tokenizer.model_max_length)}
+    longest = min(positions_of(model.config), tokenizer.model_max_length)
+    options = {"truncation": True, "max_length": longest, "return_tensors": "pt", "return_dict": True}
     scores = []
-    for instruction, output in run.bar(list(zip(instructions, outputs)), "judging", leave=False):
-        if tokenizer.chat_template:
-            talk = [{"role": "user", "content": instruction}, {"role": "assistant", "content": output}]
-            inputs = tokenizer.apply_chat_template(talk, return_tensors="pt", return_dict=True, **limit)
-        else:
-            inputs = tokenizer(instruction, output, return_tensors="pt", **limit)
-        scores.append(model(**inputs.to(run.device)).logits.item())
+    for sample in run.bar(samples.to_dict("records"), "judging", leave=False):
+        messages = [{"role": "user", "content": sample["instruction"]}]
+        messages.append({"role": "assistant", "content": sample["output"]})
+        inputs = tokenizer.apply_chat_template(messages, **options).to(run.device)
+        scores.append(model(**inputs).logits.item())
     return scores
 
 
@@ -1169,7 +1145,7 @@ def judge_scores(run: Run, instructions, outputs):
 def precision_report(run: Run, teacher: Teacher, pairs):
     """What coarse products leave of the teacher, on one batch: what share of z_dpo − z_base survives (the
     length of its projection on the true one), and KL(true teacher ‖ coarse one) in nats a token."""
-    coarse, found = run.args.precision, {}
+    coarse, found = run.args.precision, []
     if coarse == "float32":
         return {}
     examples, _ = data_responses(run, None, islice(pairs, 16), ["chosen"])
@@ -1178,10 +1154,12 @@ def precision_report(run: Run, teacher: Teacher, pairs):
         torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
         for lm in teacher.lms.values():
             lm.precision = precision
-        found[precision] = teacher.logits(teacher.hidden(batch), slice(CHUNK_SIZE))
-    exact, rounded = (z.dpo - z.base for z in found.values())
-    share = ((rounded * exact).sum() / exact.square().sum()).item()
-    kl = reverse_kl(found["float32"].target, found[coarse].target).mean().item()
+        found.append(teacher.logits(teacher.hidden(batch), slice(CHUNK_SIZE)))
+    exact, rounded = found
+    difference = exact.dpo - exact.base
+    product = (difference * (rounded.dpo - rounded.base)).sum()
+    share = (product / difference.square().sum().clamp(min=1e-30)).item()  # 0 where both models are one
+    kl = reverse_kl(exact.target, rounded.target).mean().item()
     run.say(f"{coarse} keeps {share:.2f} of z_dpo − z_base; KL to its teacher {kl:.2g} nats a token")
     if not 0.9 <= share <= 1.1:
         run.say("WARNING: that is too far from 1: use --precision float32, or train DPO for longer")
@@ -1198,7 +1176,7 @@ class BadInput(Exception):
 
 @contextlib.contextmanager
 def or_refuse(what: str):
-    """Turn whatever a library raises into BadInput: what, and why."""
+    """Turn whatever a library raises at a border (a model, data, a file) into BadInput: what, and why."""
     try:
         yield
     except (BadInput, torch.OutOfMemoryError):
@@ -1214,27 +1192,11 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:400] or type(error).__name__
 
 
-@or_refuse("the run cannot start")
 def set_up(args: Args):
     """Check all that can be checked before training, open the output folder: (run, two sets of pairs)."""
-    for name, value in vars(args).items():
-        may_be_0 = name in ("alpha", "alpha_r", "warmup_ratio", "seed")
-        if type(value) in (int, float) and not (value > 0 or (may_be_0 and value == 0)):  # NaN fails, too
-            raise BadInput(f"--{name} {value} is out of range")
-    if args.warmup_ratio > 1:
-        raise BadInput("--warmup_ratio is a part of the steps, at most 1")
-    if args.alpha == 0 and args.reward == "vanilla":
-        raise BadInput("--alpha 0 --reward vanilla distils the reference into itself: use contrastive")
-    if args.model == "demo" and args.dataset != "demo":
-        raise BadInput("--model demo knows the words of the demo only: name a model for this --dataset")
-    transformers.logging.set_verbosity_error()  # what matters is told here
-    transformers.logging.disable_progress_bar()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    check_settings(args)
     run = Run(args)
-    config = run.out / "config.json"
-    if config.exists() and json.loads(config.read_text(encoding="utf-8"))["judge"] == args.judge:
-        # the run goes on, and all that it needs is in the cache
-        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    ask_hub(run.saved_config().get("judge", "") != args.judge)  # a run that goes on finds all in the cache
     lm = load_lm(run, args.model, precision="float32")
     check_model(lm, args.model)
     run.read_tokenizer(lm)
@@ -1244,91 +1206,133 @@ def set_up(args: Args):
         same_size = len(teacher.head.weight) == len(lm.head.weight)
         if not same_size or teacher.tokenizer.get_vocab() != run.tokenizer.get_vocab():
             raise BadInput(f"teacher {folder}: its vocabulary or tokenizer is not that of the model")
-    positions = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    positions = positions_of(lm.model.config)
     args.max_length = args.max_length or min(2048, positions)
     args.max_prompt_length = args.max_prompt_length or args.max_length // 2
     if not args.max_prompt_length + 1 < args.max_length <= positions:
         raise BadInput(f"--max_length must be over --max_prompt_length + 1, and at most {positions}")
-    if args.alpha_r is None:
-        args.alpha_r = 20.0 if args.off_policy else 30.0
-    if args.sft is None:
-        args.sft = not run.chat
     train_pairs, test_pairs = load_pairs(run)
     if args.judge:
-        judge_scores(run, ["a"], ["b"])
+        judge_scores(run, pd.DataFrame({"instruction": ["a"], "output": ["b"]}))
     if min(args.batch_size, len(train_pairs)) < run.world:
         raise BadInput(f"--batch_size {args.batch_size}: each of {run.world} processes needs a pair a step")
-    run.open_output()
-    epochs = {"sft": args.sft_epochs, "each DPO": args.dpo_epochs, "policy": args.distill_epochs}
-    steps = [f"{stage} {len(batches_of(args, len(train_pairs), n)):,}" for stage, n in epochs.items()]
-    run.say(f"optimizer steps, where a stage is run: {', '.join(steps)}")
+    pairs = seed_of(train_pairs["crc"][:], test_pairs["crc"][:])
+    weights = seed_of(*[weight.flatten()[:99].tolist() for weight in lm.model.parameters()])
+    run.open_output({"checksum of the pairs": pairs, "checksum of the model": weights})
+    ask_hub(False)  # what it holds may change while the run trains
     return run, train_pairs, test_pairs
 
 
+def check_settings(args: Args):
+    """Raise BadInput for settings that cannot be meant; fill in those that depend on others alone."""
+    for name, value in vars(args).items():
+        may_be_0 = name in ("alpha", "alpha_r", "warmup_ratio", "seed")
+        if type(value) in (int, float) and not (value > 0 or (may_be_0 and value == 0)):  # NaN fails, too
+            raise BadInput(f"--{name} {value} is out of range")
+        if isinstance(value, str):
+            setattr(args, name, os.path.expanduser(value))
+    if args.warmup_ratio > 1:
+        raise BadInput("--warmup_ratio is a part of the steps, at most 1")
+    if args.alpha == 0 and args.reward == "vanilla":
+        raise BadInput("--alpha 0 --reward vanilla distils the reference into itself: use contrastive")
+    if args.model == "demo" and args.dataset != "demo":
+        raise BadInput("--model demo knows the words of the demo only: name a model for this --dataset")
+    if args.alpha_r is None:
+        args.alpha_r = 20.0 if args.off_policy else 30.0
+
+
+HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE  # as the user's environment says
+
+
+def ask_hub(allowed: bool):
+    """Whether the libraries may ask the hub from now on, or take all from their caches."""
+    offline = HUB_OFFLINE or not allowed
+    huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = offline
+
+
 class Run:
-    """What every stage needs besides mathematics: settings, devices, processes, the model's tokenizer."""
+    """What every stage needs besides mathematics: settings, devices, processes, tokenizer, output folder."""
 
     def __init__(self, args: Args):
         self.args, self.out = args, Path(args.output_dir or f"runs/{Path(args.model).name}")
-        self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         if args.device in (None, "cuda") and torch.cuda.is_available():  # "cuda" is this process's
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(self.local_rank)
         best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-        self.device = torch.empty(0, device=args.device or best).device
-        self.teacher_device = torch.empty(0, device=args.teacher_device or self.device).device
-        self.tracker = None
-        if args.report_to != "none" and self.rank == 0:
-            self.tracker = importlib.import_module(args.report_to)
+        with or_refuse("--device or --teacher_device cannot be used"):
+            self.device = torch.empty(0, device=args.device or best).device
+            self.teacher_device = torch.empty(0, device=args.teacher_device or self.device).device
         if self.world > 1 and not dist.is_initialized():
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
             with or_refuse("WORLD_SIZE is set: start several processes with torchrun, or unset it"):
-                dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+                # they wait for the one that reads the data
+                dist.init_process_group(backend, timeout=datetime.timedelta(hours=4))
 
     def read_tokenizer(self, lm: LM):
-        """Find what begins, stops and pads a text. Raises BadInput if the model cannot be used with it.
-
-        The first of `stop_ids` is trained on: what the chat template puts after an answer, or the end of
-        sequence. All of them stop sampling: the end of sequence, too, and what the checkpoint names.
-        """
+        """Find what begins, stops and pads a text; a model without a chat template gets PLAIN_TEMPLATE, and
+        SFT by default. Raises BadInput if the model cannot be used with its tokenizer."""
         self.tokenizer = tokenizer = lm.tokenizer
-        if tokenizer.eos_token_id is None:
-            raise BadInput(f"model {self.args.model}: its tokenizer has no end-of-sequence token; set one")
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        with or_refuse(f"model {self.args.model}: its chat template cannot be used"):
-            self.chat = ChatTemplate(tokenizer) if tokenizer.chat_template else None
-        named = lm.model.generation_config.eos_token_id
-        stops = [self.chat.end_id] if self.chat else []
-        stops += [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
-        self.stop_ids = [i for i in dict.fromkeys(stops) if i is not None]
         alone, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
-        self.first_ids = whole[: whole.index(alone[0])]  # what the tokenizer itself puts before a text
+        first_ids = whole[: whole.index(alone[0])]
+        if self.args.sft is None:
+            self.args.sft = not tokenizer.chat_template
+        if not tokenizer.chat_template:
+            first = "".join(tokenizer.convert_ids_to_tokens(first_ids))
+            tokenizer.chat_template = PLAIN_TEMPLATE.replace("FIRST", json.dumps(first))
+            self.say(f"{self.args.model} has no chat template: it gets a plain one, and is saved with it")
+        with or_refuse(f"model {self.args.model}: its chat template cannot be used"):
+            self.chat = ChatTemplate(tokenizer, first_ids, lm.named_stops)
+        self.stop_ids = self.chat.stop_ids
+        self.pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
-    def open_output(self):
-        """Make the output folder, or go on with the run in it. Raises BadInput for other settings."""
-        settings, config = vars(self.args), self.out / "config.json"
-        if config.exists():
-            for name, value in json.loads(config.read_text(encoding="utf-8")).items():
-                if name not in FREE_SETTINGS and value != settings.get(name):
-                    change = f"{name} {value} → {settings.get(name)}"
-                    raise BadInput(f"{self.out} is from a run with other settings ({change}); choose another")
-        elif any(self.out.glob("[!.]*")):
-            raise BadInput(f"output folder {self.out} holds other files; choose another")
-        self.wait()  # until every process has looked
-        if self.rank == 0:
+    def saved_config(self):
+        """What config.json in the output folder says, if it is a run's; else {}."""
+        path = self.out / "config.json"
+        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return config if "started" in config else {}
+
+    def open_output(self, checksums):
+        """Make the output folder, or go on with the run in it; rank 0 does, and holds it until it ends. Raises
+        BadInput on every process if rank 0 cannot, or if they do not all see the same folder."""
+        refusal = self.rank == 0 and self.claim_output(vars(self.args) | checksums)
+        self.barrier()
+        view = refusal, self.saved_config().get("started")
+        views = [view] * self.world
+        if self.world > 1:
+            dist.all_gather_object(views, view)
+        refusal, started = views[0]
+        if not refusal and any(view[1] != started for view in views):
+            refusal = "is not the same one for every process: they must share it"
+        if refusal:
+            raise BadInput(f"output folder {self.out} {refusal}")
+        self.say(f"should the run stop, the same command goes on in {self.out} from its last checkpoint")
+
+    def claim_output(self, config):
+        """Lock the output folder and write config.json. Returns why it cannot be this run's, or None."""
+        saved = self.saved_config()
+        for name in saved.keys() - FREE_SETTINGS:
+            if saved[name] != config.get(name):
+                return f"is from a run with other settings ({name} {saved[name]} → {config.get(name)})"
+        if not saved and any(self.out.glob("[!.]*")):
+            return "holds other files; choose another"
+        with or_refuse(f"output folder {self.out} cannot be made"):
             self.out.mkdir(parents=True, exist_ok=True)
-            write_json(config, settings)
-        if self.tracker:
-            self.tracker.init(project="aligndistil", name=self.out.name, config=settings)
+            self.lock = open(self.out / ".lock", "w")
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return "is in use by another run"
+        except (OSError, AttributeError):
+            pass  # some file systems, and Windows, have no such locks
+        write_json(self.out / "config.json", config | {"started": str(datetime.datetime.now())})
 
     def log(self, stage: str, step: int, line):
-        """Add a line to metrics.jsonl, and to the tracker if there is one."""
-        if self.rank > 0:
-            return
-        with or_refuse("metrics.jsonl cannot be written: make room and run the same command"):
-            with open(self.out / "metrics.jsonl", "a") as file:
-                file.write(json.dumps({"stage": stage, "step": step, **line}) + "\n")
-        if self.tracker:
-            self.tracker.log({f"{stage}/{name}": value for name, value in line.items()})
+        """Add a line to metrics.jsonl."""
+        if self.rank == 0:
+            with or_refuse("metrics.jsonl cannot be written: make room and run the same command"):
+                with open(self.out / "metrics.jsonl", "a") as file:
+                    file.write(json.dumps({"stage": stage, "step": step, **line}) + "\n")
 
     def say(self, text: str):
         if self.rank == 0:
@@ -1337,11 +1341,12 @@ class Run:
     def bar(self, items, title: str, **options):
         return tqdm(items, title, dynamic_ncols=True, disable=self.rank > 0, **options)
 
-    def wait(self):
-        """Go on when every process has come here."""
-        self.total(torch.zeros(1, device=self.device))
+    def barrier(self):
+        """Go on when every process has come here. (An all_reduce would not wait for them on a GPU.)"""
+        if self.world > 1:
+            dist.barrier()
 
-    def total(self, values: Tensor) -> Tensor:
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
         """The sum over processes, in place."""
         if self.world > 1:
             dist.all_reduce(values)
@@ -1354,45 +1359,55 @@ def seed_of(*parts) -> int:
 
 
 def load_pretrained(auto_class, name: str):
-    """(model in float32 and without dropout, tokenizer). Raises BadInput if a weight or a row is missing."""
+    """(model in float32, tokenizer). Raises BadInput if its files are not the whole model, and only that.
+
+    The tokenizer is what tokenizer.json holds; AutoTokenizer builds another one for some kinds of models. But
+    it knows the end token where no file names it, as for GPT-2, and reads other files than tokenizer.json.
+    """
     with or_refuse(f"model {name} cannot be used from safetensors files"):
         if Path(name, "adapter_config.json").exists():
             raise ValueError("it is an adapter: merge it into its model and save the whole")
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        config = transformers.AutoConfig.from_pretrained(name)
-        for part in (config, config.get_text_config()):  # no dropout, nor other noise, in training mode
-            for key, value in vars(part).items():
-                if isinstance(value, float) and ("drop" in key or "jitter" in key):
-                    setattr(part, key, 0.0)
+        if transformers.utils.cached_file(name, "tokenizer.json", _raise_exceptions_for_missing_entries=False):
+            end = tokenizer.eos_token
+            tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(name)
+            tokenizer.eos_token = tokenizer.eos_token or end
         model, info = auto_class.from_pretrained(
-            name, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            name, dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
         if info["missing_keys"]:
             raise ValueError(f"weights are not in its files, {min(info['missing_keys'])} for one")
         unused = [key for key in info["unexpected_keys"] if key.startswith(f"{model.base_model_prefix}.")]
         if unused:
             raise ValueError(f"weights in its files are not of this model, {min(unused)} for one")
+        if not tokenizer.is_fast or tokenizer.eos_token is None:
+            raise ValueError("its tokenizer has no tokenizer.json, or no end-of-sequence token")
         if max(tokenizer.get_vocab().values()) >= len(model.get_input_embeddings().weight):
             raise ValueError("its tokenizer has ids beyond the rows of its embedding: resize it")
     return model, tokenizer
 
 
 def load_lm(run: Run, name: str, device=None, precision: str | None = None) -> LM:
-    """A causal LM, by default on the run's device and in its precision."""
+    """A causal LM, by default on the run's device and in its precision.
+
+    With --gradient_checkpointing each layer's activations are computed again in the backward pass. (The
+    library's own way does so in training mode only, in which some layers drop out.)
+    """
     if name == "demo":
         model, tokenizer = demo_model(run.args.seed), demo_tokenizer()
     else:
         model, tokenizer = load_pretrained(transformers.AutoModelForCausalLM, name)
     if run.args.gradient_checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
+        for layer in model.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     return LM(model.to(device or run.device), precision or run.args.precision, run.device, tokenizer)
 
 
 @torch.no_grad()
 def check_model(lm: LM, name: str):
     """Raise BadInput unless generate(), with its cache and left padding, draws from head(body(tokens))."""
-    prompts = torch.tensor([[0, 0, 0, 3, 4], [5, 6, 7, 8, 9]], device=lm.model.device)
+    prompts = torch.tensor([[0, 0, 0, 3, 4], [5, 6, 7, 8, 9]])
     config = transformers.GenerationConfig(
         do_sample=False, max_new_tokens=8, pad_token_id=0, output_logits=True, return_dict_in_generate=True
     )
@@ -1402,6 +1417,16 @@ def check_model(lm: LM, name: str):
     own = torch.stack(output.logits)[:, 0].log_softmax(-1)
     if not (ours - own.to(ours.device)).abs().max() <= 1e-2:  # not <=, so NaN fails too
         raise BadInput(f"model {name}: generate() and head(body(tokens)) differ, or are not finite")
+
+
+def positions_of(config) -> int:
+    """How many tokens a model holds. A longrope model reads a text that is longer than it was first trained
+    on, and all that is batched with it, in another way: it holds no more than that here."""
+    config = config.get_text_config()
+    positions, rope = [getattr(config, "max_position_embeddings", None) or sys.maxsize], str(config.to_dict())
+    if "'longrope'" in rope:
+        positions += map(int, re.findall(r"'original_max_position_embeddings': (\d+)", rope))
+    return min(positions)
 
 
 # Files. All but metrics.jsonl are written aside and renamed: a kill leaves them whole or not at all.
@@ -1419,68 +1444,63 @@ def written_aside(path: Path):
 
 def write_json(path: Path, content):
     with written_aside(path) as aside:
-        aside.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+        text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+        aside.write_text(text, encoding="utf-8")
 
 
 def save_model(run: Run, model, folder: Path):
     """A Hugging Face checkpoint and its tokenizer; generate() stops where the model was trained to. The
     start's own temperature, penalties and the like are left out: it was not trained with them."""
     if run.rank == 0:
-        ids = {"eos_token_id": run.stop_ids, "pad_token_id": run.tokenizer.pad_token_id}
+        ids = {"eos_token_id": run.stop_ids, "pad_token_id": run.pad_id}
         model.generation_config = transformers.GenerationConfig(**ids)
         with written_aside(folder) as aside:
             model.save_pretrained(aside)
             run.tokenizer.save_pretrained(aside)
         (run.out / f"checkpoint-{folder.name}.pt").unlink(missing_ok=True)
-    run.wait()  # the others read it next
+    run.barrier()  # the others read it next
 
 
-def save_checkpoint(run: Run, stage: str, model, optimizer, **progress):
-    if run.rank == 0:
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **progress}
-        with written_aside(run.out / f"checkpoint-{stage}.pt") as aside:
-            torch.save(state, aside)
+def save_checkpoint(run: Run, stage: str, model, optimizer, step: int):
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+    with written_aside(run.out / f"checkpoint-{stage}.pt") as aside:
+        torch.save(state, aside)
 
 
-def resume(run: Run, stage: str, model, optimizer) -> tuple[int, int]:
-    """Put this stage's last checkpoint into model and optimizer; (steps, tokens) done. Later lines of
-    metrics.jsonl are dropped, for they are written again, and so is one that a kill cut."""
-    step, num_tokens = 0, 0
-    path, metrics = run.out / f"checkpoint-{stage}.pt", run.out / "metrics.jsonl"
+def resume(run: Run, stage: str, model, optimizer) -> int:
+    """Put this stage's last checkpoint into model and optimizer; the steps done. Later lines of metrics.jsonl
+    are dropped, for they are written again, and so is one that a kill cut."""
+    step, path, metrics = 0, run.out / f"checkpoint-{stage}.pt", run.out / "metrics.jsonl"
     if path.exists():
         state = torch.load(path, map_location=run.device, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        step, num_tokens = state["step"], state["num_tokens"]
+        step = state["step"]
         run.say(f"{stage}: going on after step {step}")
     if run.rank == 0 and metrics.exists():
-        lines = metrics.read_text().splitlines(keepends=True)
+        lines = [line for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
         ours = [line for line in lines if line.startswith(f'{{"stage": "{stage}"')]
-        others = [line for line in lines if line not in ours and line.endswith("\n")]
         with written_aside(metrics) as aside:
-            aside.write_text("".join(others + ours[:step]))
-    return step, num_tokens
+            aside.write_text("".join(line for line in lines if line not in ours[step:]))
+    return step
 
 
 def main() -> int:
-    """The command line. The exit status is 2 for what cannot be used, 130 after Ctrl-C."""
+    """The command line. The exit status is 2 for what cannot be used, and where memory is not enough."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal that cannot print a character does not end a run
-    again = "the same command goes on from the last checkpoint"
     try:
         align(parse_args())
         if dist.is_initialized():
             dist.destroy_process_group()
         return 0
     except BadInput as error:
-        status, message = 2, error
+        message = error
     except torch.OutOfMemoryError as error:
         flags = "--tokens_per_micro_batch or --sampling_batch_size, or use --gradient_checkpointing"
-        status, message = 2, f"{one_line(error)}; lower {flags}: {again}"
-    except KeyboardInterrupt:
-        status, message = 130, f"stopped; {again}"
+        message = f"{one_line(error)}; lower {flags}: the same command goes on from the last checkpoint"
     tqdm.write(f"aligndistil.py: error: {message}", file=sys.stderr)
-    return status
+    return 2
 
 
 if __name__ == "__main__":
