@@ -692,6 +692,8 @@ FEATURES = datasets.Features(
     | {name: datasets.Value("int64") for name in ("record", "crc")}
     | {name: IDS for name in ("prompt", "chosen", "rejected")} | {"cut": datasets.Value("bool")}
 )  # fmt: skip
+# A text that is a list of messages, or a transcript.
+CONVERSATION = re.compile(r"""\s*(\[\s*\{.*['"](role|from)['"]\s*:|Human:.*\n\nAssistant:)""", re.DOTALL)
 # For a model without a template. FIRST is what its tokenizer itself puts before a text.
 PLAIN_TEMPLATE = """{{ FIRST }}{% for message in messages %}{{ message.content }}
     {{- eos_token if message.role == 'assistant' else '\\n' }}{% endfor %}"""
@@ -842,8 +844,6 @@ def read_messages(record, key: str, role: str):
         known = {name: x for name, x in items if x is not None}
         if known.keys() != {"role", "content"} or {type(x) for x in known.values()} != {str}:
             raise ValueError(f"a message of '{key}' is not a role and a text alone (it has {', '.join(known)})")
-        if re.match(r"""\s*\[\s*\{.*['"](role|from)['"]\s*:""", known["content"], re.DOTALL):
-            raise ValueError(f"'{key}' is a list of messages written as text")
         messages.append(known)
     return messages
 
@@ -906,6 +906,8 @@ class ChatTemplate:
             raise ValueError("the question or an answer is empty")
         if all(answer.startswith(question) for answer in answers):
             raise ValueError("both answers repeat the question")
+        if any(CONVERSATION.match(text) for text in (question, *answers)):
+            raise ValueError("a text is a conversation: make it a list of messages")
         for answer in answers:
             messages = [*before, {"role": "assistant", "content": answer}]
             whole = self.render(messages)
@@ -1101,7 +1103,7 @@ def own_samples(run: Run, lms, name: str, rows) -> pd.DataFrame:
     base = Teacher(run.args, lms.get).base
     table = pd.DataFrame({"instruction": [row["instruction"] for row in rows], "generator": name})
     table["token_ids"] = [response.tokens for response in responses]
-    table["output"] = run.tokenizer.batch_decode(table["token_ids"], skip_special_tokens=True)
+    table["output"] = run.tokenizer.batch_decode(table["token_ids"].tolist(), skip_special_tokens=True)
     table["length"] = facts.pop("completions/mean_length")
     table["clipped"] = facts.pop("completions/clipped_ratio")
     table["kl_ref"] = logps[name] - logps["reference"]
@@ -1195,11 +1197,14 @@ def one_line(error: BaseException) -> str:
 def set_up(args: Args):
     """Check all that can be checked before training, open the output folder: (run, two sets of pairs)."""
     check_settings(args)
+    transformers.logging.disable_progress_bar()
     run = Run(args)
     ask_hub(run.saved_config().get("judge", "") != args.judge)  # a run that goes on finds all in the cache
     lm = load_lm(run, args.model, precision="float32")
     check_model(lm, args.model)
     run.read_tokenizer(lm)
+    if hasattr(lm.model.config, "vision_config"):
+        run.say(f"{args.model} is trained as a model of text: the files of its processor are not saved")
     for folder in filter(None, (args.dpo, args.reverse_dpo)):
         teacher = load_lm(run, folder, precision="float32")
         check_model(teacher, folder)
@@ -1239,6 +1244,8 @@ def check_settings(args: Args):
         raise BadInput("--model demo knows the words of the demo only: name a model for this --dataset")
     if args.alpha_r is None:
         args.alpha_r = 20.0 if args.off_policy else 30.0
+    if args.model == "demo":
+        torch.set_num_threads(1)  # a model so small gains nothing from more, and loses where others compute
 
 
 HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE  # as the user's environment says
@@ -1310,21 +1317,21 @@ class Run:
 
     def claim_output(self, config):
         """Lock the output folder and write config.json. Returns why it cannot be this run's, or None."""
-        saved = self.saved_config()
-        for name in saved.keys() - FREE_SETTINGS:
-            if saved[name] != config.get(name):
-                return f"is from a run with other settings ({name} {saved[name]} → {config.get(name)})"
-        if not saved and any(self.out.glob("[!.]*")):
+        lock = self.out / ".lock"
+        if not self.saved_config() and not lock.exists() and any(self.out.glob("[!.]*")):
             return "holds other files; choose another"
         with or_refuse(f"output folder {self.out} cannot be made"):
             self.out.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.out / ".lock", "w")
+            self.lock = open(lock, "w")
         try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return "is in use by another run"
         except (OSError, AttributeError):
             pass  # some file systems, and Windows, have no such locks
+        for name, value in self.saved_config().items():
+            if name not in FREE_SETTINGS and value != config.get(name):
+                return f"is from a run with other settings ({name} {value} → {config.get(name)}); choose another"
         write_json(self.out / "config.json", config | {"started": str(datetime.datetime.now())})
 
     def log(self, stage: str, step: int, line):
@@ -1398,9 +1405,11 @@ def load_lm(run: Run, name: str, device=None, precision: str | None = None) -> L
     else:
         model, tokenizer = load_pretrained(transformers.AutoModelForCausalLM, name)
     if run.args.gradient_checkpointing:
-        for layer in model.modules():
-            if isinstance(layer, GradientCheckpointingLayer):
-                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+        if not layers:
+            raise BadInput(f"model {name} has no layers for --gradient_checkpointing")
+        for layer in layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     return LM(model.to(device or run.device), precision or run.args.precision, run.device, tokenizer)
 
 
