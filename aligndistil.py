@@ -63,6 +63,7 @@ except ImportError:  # Windows has none
     fcntl = None
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # several processes read, each with one thread
+os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # a model is its main branch, not a request to change it
 
 # ------------------------------------------------------------------------------------------------------------
 # 1  Settings. The defaults are the paper's; DEMO is what the built-in demo sets otherwise. The comment of a
