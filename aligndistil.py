@@ -127,11 +127,12 @@ FREE_SETTINGS = """output_dir judge save_steps device teacher_device gradient_ch
     tokens_per_micro_batch sampling_batch_size started""".split()
 
 
-def parse_args(argv: list[str] | None = None) -> Args:
+def parse_args(argv=None) -> Args:
     """The command line as Args. Exits with status 2 for an unknown or malformed flag."""
-    title = __doc__.split("\n\n")[0]
     usage = "aligndistil.py [--help] [--flag value ...]"
-    parser = transformers.HfArgumentParser(Args, usage=usage, description=title, allow_abbrev=False)
+    parser = transformers.HfArgumentParser(
+        Args, usage=usage, description=__doc__.split("\n\n")[0], allow_abbrev=False
+    )
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Args), re.MULTILINE))
     for action in parser._actions:
         action.help = comments.get(action.dest, action.help)
@@ -224,17 +225,16 @@ def reverse_kl(logits: Tensor, target_logits: Tensor) -> Tensor:
 #    1 / (examples of the step) neither micro-batches nor processes change the gradient of given examples.
 
 
-def sft_batch_loss(lm: LM, batch: Batch, scale: float) -> dict[str, Tensor]:
+def sft_batch_loss(lm: LM, batch: Batch, scale: float) -> dict:
     """Negative log-likelihood: the mean over a response's tokens, summed over responses."""
 
     def chunk_loss(logits, part):
-        nll = -token_logps(logits, batch.targets[part])
-        return {"loss": (batch.weights[part] * nll).sum()}
+        return {"loss": -(batch.weights[part] * token_logps(logits, batch.targets[part])).sum()}
 
     return backward_in_chunks(lm, lm.hidden(batch), chunk_loss, scale)
 
 
-def dpo_batch_loss(lm: LM, batch: Batch, scale: float, beta: float, reference: LM) -> dict[str, Tensor]:
+def dpo_batch_loss(lm: LM, batch: Batch, scale: float, beta: float, reference: LM) -> dict:
     """Eq. 4, summed over pairs. The batch holds the chosen responses, then the rejected ones in like order.
 
     The loss is no sum over states, but its gradient is: Σ_t (∂L/∂log π(y|x))·∇log π(y_t|s_t). So the head
@@ -256,14 +256,11 @@ def dpo_batch_loss(lm: LM, batch: Batch, scale: float, beta: float, reference: L
     backward_in_chunks(lm, hidden, chunk_loss, scale)
     chosen_rewards, rejected_rewards = implicit_reward(logps, ref_logps, beta).chunk(2)
     watched = {
-        "loss": losses,
-        "rewards/accuracies": (chosen_rewards > rejected_rewards).float(),
+        "loss": losses, "rewards/accuracies": (chosen_rewards > rejected_rewards).float(),
         "rewards/margins": chosen_rewards - rejected_rewards,
-        "rewards/chosen": chosen_rewards,
-        "rewards/rejected": rejected_rewards,
-        "logps/chosen": chosen_logps,
-        "logps/rejected": rejected_logps,
-    }
+        "rewards/chosen": chosen_rewards, "rewards/rejected": rejected_rewards,
+        "logps/chosen": chosen_logps, "logps/rejected": rejected_logps,
+    }  # fmt: skip
     return {name: values.detach().sum() for name, values in watched.items()}
 
 
@@ -285,19 +282,19 @@ class Teacher:
     def __init__(self, args: Args, load):
         self.args, self.load = args, load
         self.contrastive = args.reward == "contrastive"
-        self.base = "reverse_dpo" if self.contrastive else "reference"
 
     @cached_property
-    def lms(self) -> dict[str, LM]:
-        return {"dpo": self.load("dpo"), "base": self.load(self.base)}
+    def lms(self):
+        base = "reverse_dpo" if self.contrastive else "reference"
+        return {"dpo": self.load("dpo"), "base": self.load(base)}
 
     @torch.no_grad()
-    def hidden(self, batch: Batch) -> dict[str, Tensor]:
+    def hidden(self, batch: Batch) -> dict:
         """Each model's hidden states, (N, hidden size), on the teacher's device."""
         return {name: lm.hidden(batch) for name, lm in self.lms.items()}
 
     @torch.no_grad()
-    def logits(self, hidden: dict[str, Tensor], part: slice) -> TeacherLogits:
+    def logits(self, hidden: dict, part: slice) -> TeacherLogits:
         """The teacher at a part of the states. No gradient flows through it, nor through α."""
         z = {name: lm.logits(hidden[name][part]) for name, lm in self.lms.items()}
         if self.args.alpha is None:
@@ -309,7 +306,7 @@ class Teacher:
         return TeacherLogits(z["dpo"], z["base"], target, alpha)
 
 
-def distillation_batch_loss(lm: LM, batch: Batch, scale: float, teacher: Teacher) -> dict[str, Tensor]:
+def distillation_batch_loss(lm: LM, batch: Batch, scale: float, teacher: Teacher) -> dict:
     """Eq. 18 and 19: 1/|y| Σ_t β_t·KL(π_θ ‖ π*), summed over responses.
 
     Watched, as means over a response's states: the KL to the teacher, in nats a token, the mass that the
@@ -317,7 +314,7 @@ def distillation_batch_loss(lm: LM, batch: Batch, scale: float, teacher: Teacher
     (log π_dpo − log π_base)(y_t). On the policy's own responses two more come free: −log π_θ(y_t) estimates
     its entropy, in nats a token, and Σ_t (log π_θ − log π_dpo)(y_t) its KL from π_dpo, in nats a response.
     """
-    beta, on_policy = teacher.args.beta, not teacher.args.off_policy
+    beta = teacher.args.beta
     teacher_hidden = teacher.hidden(batch)  # before the policy's own pass: on two devices they overlap
 
     def chunk_loss(logits, part):
@@ -334,7 +331,7 @@ def distillation_batch_loss(lm: LM, batch: Batch, scale: float, teacher: Teacher
             "beta_t": (weight * beta_t).sum(),
             "reward": implicit_reward(dpo_logps, token_logps(z.base, tokens), beta).sum(),
         }
-        if on_policy:
+        if not teacher.args.off_policy:
             own_logps = token_logps(logits.detach(), tokens)
             sums["entropy"] = -(weight * own_logps).sum()
             sums["kl_dpo"] = (own_logps - dpo_logps).sum()
@@ -353,12 +350,11 @@ def align(args: Args) -> dict:
     Returns what results.json holds ({} on the other processes). Raises BadInput, before anything is written,
     if the settings, the models or the data cannot be used.
     """
-    run, train_pairs, test_pairs = set_up(args)
-    args = run.args  # with every default filled in
+    run, train_pairs, test_pairs = set_up(args)  # with every default of args filled in
     folders = {"reference": args.model}  # of each model so far
     chosen = partial(data_responses, keys=["chosen"])
 
-    def frozen(name: str) -> LM:
+    def frozen(name):
         return load_lm(run, folders[name], run.teacher_device)
 
     # π_ref: a base model first learns what responses look like
@@ -369,7 +365,7 @@ def align(args: Args) -> dict:
         )  # fmt: skip
 
     # π_dpo and π_dpo⁻: DPO on the pairs, and on the swapped pairs
-    def train_dpo(stage: str, keys: list[str]) -> str:
+    def train_dpo(stage, keys):
         return train(
             run, stage, start=folders["reference"], pairs=train_pairs,
             examples_of=partial(data_responses, keys=keys),
@@ -401,14 +397,13 @@ def align(args: Args) -> dict:
 #    (seed, stage, step, rank), so a checkpoint needs no random state.
 
 
-def train(run: Run, stage: str, start: str, pairs, examples_of, loss_of, learning_rate, epochs) -> str:
+def train(run, stage, start, pairs, examples_of, loss_of, learning_rate, epochs):
     """Train a copy of the model `start` (folder or hub id) and return its folder, <output_dir>/<stage>.
 
     `examples_of(run, lm, rows)` says what a step trains on, given rows of the data (section 7): examples,
     which are lists of Responses that stay together, and facts, which are logged: name → a number an example.
-    `loss_of(lm, batch, scale)` is a loss of section 3. AdamW, linear warm-up then a cosine, gradients clipped
-    to `max_grad_norm`. A finished stage is not repeated; one under way goes on from its last checkpoint.
-    Raises BadInput, before the update, when a gradient is not finite.
+    `loss_of(lm, batch, scale)` is a loss of section 3. A finished stage is not repeated; one under way goes
+    on from its last checkpoint. Raises BadInput, before the update, when a gradient is not finite.
     """
     args, folder = run.args, run.out / stage
     if folder.exists():
@@ -418,9 +413,8 @@ def train(run: Run, stage: str, start: str, pairs, examples_of, loss_of, learnin
     optimizer = torch.optim.AdamW(lm.model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     batches = batches_of(args, len(pairs), epochs, run.world)
     first = resume(run, stage, lm.model, optimizer)
-    torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
-
-    bar = run.bar(range(first, len(batches)), stage, initial=first, total=len(batches))
+    steps = range(first, len(batches))
+    bar = tqdm(steps, stage, len(batches), initial=first, dynamic_ncols=True, disable=run.rank > 0)
     for step in bar:
         n, done = len(batches[step]), step + 1
         torch.manual_seed(seed_of(args.seed, stage, step, run.rank))
@@ -434,36 +428,36 @@ def train(run: Run, stage: str, start: str, pairs, examples_of, loss_of, learnin
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
-
-        totals = run.sum_over_ranks(torch.tensor([*map(float, sums.values())], device=run.device))
+        totals = run.sum_over_ranks(torch.tensor(list(sums.values()), device=run.device))
         means = dict(zip(sums, (totals / n).tolist()))
         run.log(stage, done, means | {"grad_norm": grad_norm, "learning_rate": rate})
         bar.set_postfix(loss=means["loss"], grad_norm=grad_norm)
         if run.rank == 0 and (done % args.save_steps == 0 or done == len(batches)):
-            save_checkpoint(run, stage, lm.model, optimizer, done)
+            state = {"model": lm.model.state_dict(), "optimizer": optimizer.state_dict(), "step": done}
+            with written_aside(run.out / f"checkpoint-{stage}.pt") as aside:
+                torch.save(state, aside)
             prompt = rows[0]["prompt"]
             (tokens,) = sample(run, lm, [prompt])
-            text = run.tokenizer.decode(prompt[-20:] + tokens[:64])
-            run.say(f"{stage}, step {done}: {text!r}")
+            run.say(f"{stage}, step {done}: {run.tokenizer.decode(prompt[-20:] + tokens[:64])!r}")
     save_model(run, lm.model, folder)
     return str(folder)
 
 
-def batches_of(args: Args, n: int, epochs: float, world: int):
+def batches_of(args, n, epochs, world):
     """Which of n pairs each step of a stage takes: `epochs` passes, each a new seeded permutation of 0..n−1.
     The last batch is what is left, if that is enough for each of the `world` processes to have a pair."""
-    size, order = min(args.batch_size, n), []
+    size, orders = min(args.batch_size, n), []
     total = max(round(epochs * n), world)
     if total % size < world:
         total -= total % size
     for epoch in range(math.ceil(total / n)):
         generator = torch.Generator().manual_seed(seed_of(args.seed, "order", epoch))
-        order += torch.randperm(n, generator=generator).tolist()
-    batches = [order[start : min(start + size, total)] for start in range(0, total, size)]
-    return batches[: args.max_steps]
+        orders.append(torch.randperm(n, generator=generator))
+    batches = torch.cat(orders)[:total].split(size)
+    return [batch.tolist() for batch in batches[: args.max_steps]]
 
 
-def warmup_then_cosine(step: int, steps: int, warmup_ratio: float) -> float:
+def warmup_then_cosine(step, steps, warmup_ratio):
     """The learning rate as a part of its peak: a linear rise, then half a cosine down to a tenth."""
     warmup = math.ceil(warmup_ratio * steps)
     if step < warmup:
@@ -471,7 +465,7 @@ def warmup_then_cosine(step: int, steps: int, warmup_ratio: float) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
-def gather_gradients(run: Run, model, where: str) -> float:
+def gather_gradients(run, model, where):
     """Sum the gradients of all processes and clip them; their norm before. Raises BadInput if not finite."""
     for parameter in model.parameters():
         if parameter.grad is None:  # the processes must agree on what they sum
@@ -483,12 +477,12 @@ def gather_gradients(run: Run, model, where: str) -> float:
     return norm
 
 
-def data_responses(run: Run, lm, rows, keys):
+def data_responses(run, lm, rows, keys):
     """The data's own responses: the chosen ones (SFT, Eq. 19), or pairs, the one to prefer first (DPO)."""
     return [[Response(row["prompt"], row[key]) for key in keys] for row in rows], {}
 
 
-def own_responses(run: Run, lm: LM, rows):
+def own_responses(run, lm, rows):
     """One response of the policy to each prompt, ŷ ~ π_θ(·|x): Eq. 18. Facts: how long it is in tokens,
     whether the length limit clipped it, and the demo's truth."""
     sampled = sample(run, lm, [row["prompt"] for row in rows])
@@ -497,15 +491,16 @@ def own_responses(run: Run, lm: LM, rows):
         "completions/clipped_ratio": [float(tokens[-1] not in run.stop_ids) for tokens in sampled],
     }
     if run.args.dataset == "demo":
+        asked = [row["instruction"] for row in rows]
         end, texts = run.tokenizer.eos_token, run.tokenizer.batch_decode(sampled)
         reviews = [text.removesuffix(end).rstrip() for text in texts]
-        for judge in (true_reward, well_formed):
-            facts[judge.__name__] = [judge(row["instruction"], review) for row, review in zip(rows, reviews)]
+        facts["true_reward"] = list(map(true_reward, asked, reviews))
+        facts["well_formed"] = list(map(well_formed, asked, reviews))
     return [[Response(row["prompt"], tokens)] for row, tokens in zip(rows, sampled)], facts
 
 
 @torch.no_grad()
-def sample(run: Run, lm: LM, prompts):
+def sample(run, lm, prompts):
     """One response to each prompt, as token ids, drawn from the model's own distribution by torch's global
     generator. A response keeps its end token; one that the length limit cut has none."""
     args, responses = run.args, []
@@ -517,9 +512,9 @@ def sample(run: Run, lm: LM, prompts):
         group = prompts[start : start + args.sampling_batch_size]
         input_ids = pad(group, value=run.pad_id, side="left")
         mask = pad([[1] * len(prompt) for prompt in group], value=0, side="left")
-        output = lm.generate(input_ids, mask, config)
-        responses += output[:, input_ids.shape[1] :].tolist()
-    return [until_stop(tokens, run.stop_ids) for tokens in responses]
+        output = lm.generate(input_ids, mask, config)[:, input_ids.shape[1] :].tolist()
+        responses += [until_stop(tokens, run.stop_ids) for tokens in output]
+    return responses
 
 
 def until_stop(tokens, stop_ids):
@@ -568,25 +563,22 @@ def pad(rows, value: int, side: str) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
 
 
-def collate(examples: list[list[Response]], pad_id: int, device="cpu") -> Batch:
+def collate(examples, pad_id: int, device="cpu") -> Batch:
     """[[Response, ...], ...] → Batch: the first response of every example, then the second ones."""
     responses = [response for part in zip(*examples, strict=True) for response in part]
-    input_ids = pad([x.prompt + x.tokens for x in responses], value=pad_id, side="right")
     # from the last token of the prompt to the last but one of the response: what they predict is the response
     masks = [[0] * (len(x.prompt) - 1) + [1] * len(x.tokens) for x in responses]
-    mask = pad(masks, value=0, side="right")
+    mask = pad(masks, value=0, side="right").to(device)
+    input_ids = pad([x.prompt + x.tokens for x in responses], value=pad_id, side="right").to(device)
     response, position = mask.nonzero(as_tuple=True)
     states = response * input_ids.shape[1] + position
     targets = input_ids[response, position + 1]
-    weights = 1 / mask.sum(1)[response]
-    return Batch(*[tensor.to(device) for tensor in (input_ids, states, targets, response, weights)])
+    return Batch(input_ids, states, targets, response, weights=1 / mask.sum(1)[response])
 
 
-def micro_batches(run: Run, examples: list[list[Response]]):
-    """Yield (indices of examples, Batch) until every example has had its turn, the longest first.
-
-    A micro-batch is padded to at most `tokens_per_micro_batch` tokens; an example is never split.
-    """
+def micro_batches(run, examples):
+    """Yield (indices of examples, Batch) until every example has had its turn, the longest first. A batch is
+    padded to at most `tokens_per_micro_batch` tokens; an example is never split."""
     widths = [max(len(x.prompt) + len(x.tokens) for x in example) for example in examples]
     order = sorted(range(len(examples)), key=widths.__getitem__, reverse=True)
     while order:
@@ -599,16 +591,16 @@ def micro_batches(run: Run, examples: list[list[Response]]):
 class LM:
     """A Hugging Face causal LM as two maps: `hidden` (tokens → states) and `logits` (states → logits).
 
-    With `head_device` the output head is copied to that device, and hidden states are sent there chunk by
-    chunk: a teacher on a device of its own moves hidden-size numbers a state instead of vocabulary-size ones.
-    With `precision` bf16 the matrix products are bfloat16's (autocast); weights and logits stay float32.
+    The output head is copied to `head_device`, and hidden states are sent there chunk by chunk: a teacher on
+    a device of its own moves hidden-size numbers a state, not vocabulary-size ones. `precision` is that of
+    the matrix products; weights and logits stay float32.
     """
 
-    def __init__(self, model, precision: str = "float32", head_device=None, tokenizer=None):
+    def __init__(self, model, precision="float32", head_device=None, tokenizer=None):
         self.model, self.precision, self.tokenizer = model.eval(), precision, tokenizer  # no dropout
         named = model.generation_config.eos_token_id
         self.named_stops = named if isinstance(named, list) else [named]
-        model.generation_config = transformers.GenerationConfig()  # so that generate() adds nothing of its own
+        model.generation_config = transformers.GenerationConfig()  # generate() adds nothing of its own
         self.head = model.get_output_embeddings()
         if head_device not in (None, self.head.weight.device):
             self.head = copy.deepcopy(self.head).to(head_device)
@@ -618,14 +610,16 @@ class LM:
         self.softcap = getattr(config, "final_logit_softcapping", None)
 
     def autocast(self):
+        """Products in this model's precision. (tf32 is a switch: it holds until another's.)"""
+        torch.set_float32_matmul_precision("high" if self.precision == "tf32" else "highest")
         return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def hidden(self, batch: Batch) -> Tensor:
         """The last hidden states of the response states: (N, hidden size)."""
-        device = self.model.device
+        input_ids, states = batch.input_ids.to(self.model.device), batch.states.to(self.model.device)
         with self.autocast():
-            output = self.model.base_model(input_ids=batch.input_ids.to(device), use_cache=False)
-        return output.last_hidden_state.flatten(0, 1).index_select(0, batch.states.to(device))
+            output = self.model.base_model(input_ids=input_ids, use_cache=False)
+        return output.last_hidden_state.flatten(0, 1).index_select(0, states)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, hidden size) → (n, V) in float32, scaled and capped as the model itself does."""
@@ -639,19 +633,16 @@ class LM:
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor, config):
         """model.generate() by `config` alone. Prompts (B, T) are padded on the left (mask 0)."""
-        device = self.model.device
+        input_ids, mask = input_ids.to(self.model.device), attention_mask.to(self.model.device)
         with self.autocast():
-            return self.model.generate(
-                input_ids.to(device), attention_mask=attention_mask.to(device), generation_config=config
-            )
+            return self.model.generate(input_ids, attention_mask=mask, generation_config=config)
 
 
 def backward_in_chunks(lm: LM, hidden: Tensor, chunk_loss, scale: float):
     """The sums of chunk_loss(logits, part) over all chunks; leaves scale·∇(sum of "loss") in .grad.
 
-    A chunk's gradient is taken at once, down to its hidden states (N, hidden size), so that no more than one
-    chunk's logits are alive; one backward pass through the body follows. Exact, because the loss is a sum
-    over states.
+    A chunk's gradient is taken at once, down to its hidden states (N, hidden size), so that its logits alone
+    are alive; a backward pass through the body follows. Exact, for the loss is a sum over states.
     """
     sums, hidden_grad = Counter(), torch.empty_like(hidden)
     for start in range(0, len(hidden), CHUNK_SIZE):
@@ -681,29 +672,29 @@ def response_logps(lm: LM, batch: Batch, hidden: Tensor) -> Tensor:
 
 FILE_KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 # A column of one of these names is a part of the question: it may not stay unread.
-UNREAD_COLUMNS = """question instruction instructions query problem input inputs post user human context contexts
-    passage article document documents history chat_history system system_prompt system_message tools functions
-    image images audio video videos""".split()
+UNREAD_COLUMNS = """question instruction instructions query problem input inputs post user human context
+    contexts passage article document documents history chat_history system system_prompt system_message tools
+    functions image images audio video videos""".split()
 # A row of the data, which the rest of the file trains on: its record's place in the source, the messages
 # before the answer as people read them, the token ids of all that stands before the answer and of both
 # responses, whether a length limit cut one, why the pair is left out ("" if not), and a checksum.
-IDS = datasets.List(datasets.Value("int32"))
+KINDS = {"record": "int64", "instruction": "string", "left_out": "string", "crc": "int64", "cut": "bool"}
 FEATURES = datasets.Features(
-    {name: datasets.Value("string") for name in ("instruction", "left_out")}
-    | {name: datasets.Value("int64") for name in ("record", "crc")}
-    | {name: IDS for name in ("prompt", "chosen", "rejected")} | {"cut": datasets.Value("bool")}
-)  # fmt: skip
-# A text that is a list of messages, or a transcript.
+    {name: datasets.Value(kind) for name, kind in KINDS.items()}
+    | dict.fromkeys(["prompt", "chosen", "rejected"], datasets.List(datasets.Value("int32")))
+)
+# How a text begins that is a list of messages, or a transcript.
 CONVERSATION = re.compile(r"""\s*(\[\s*\{.*['"](role|from)['"]\s*:|Human:.*\n\nAssistant:)""", re.DOTALL)
 # For a model without a template. FIRST is what its tokenizer itself puts before a text.
 PLAIN_TEMPLATE = """{{ FIRST }}{% for message in messages %}{{ message.content }}
     {{- eos_token if message.role == 'assistant' else '\\n' }}{% endfor %}"""
 
 
-def load_pairs(run: Run):
+def load_pairs(run):
     """(training pairs, held-out pairs), data sets of the rows of FEATURES. Without a test split, a tenth of
     the prompts is held out. Raises BadInput if there is nothing to use."""
-    args, splits = run.args, read_splits(run.args)
+    args = run.args
+    splits = read_splits(args.dataset, args.seed)
     train_split = "train_prefs" if "train_prefs" in splits else "train"
     test_split = train_split.replace("train", "test")
     if train_split not in splits:
@@ -712,114 +703,119 @@ def load_pairs(run: Run):
     if test_split in splits:
         test_pairs = read_pairs(run, splits[test_split], args.eval_pairs)
     else:
-        order = [seed_of(args.seed, instruction) for instruction in train_pairs["instruction"]]
-        prompts = sorted(set(order))
-        last = prompts[math.ceil(len(prompts) / 10) - 1]
-        test_pairs = train_pairs.select([i for i, x in enumerate(order) if x <= last][: args.eval_pairs])
-        train_pairs = train_pairs.select([i for i, x in enumerate(order) if x > last])
+        order = np.array([seed_of(args.seed, instruction) for instruction in train_pairs["instruction"]])
+        prompts = np.unique(order)
+        held_out = order <= prompts[(len(prompts) - 1) // 10]
+        test_pairs = train_pairs.select(np.flatnonzero(held_out)[: args.eval_pairs])
+        train_pairs = train_pairs.select(np.flatnonzero(~held_out))
     run.say(f"{args.dataset}: {len(train_pairs):,} pairs to train on, {len(test_pairs):,} held out")
     if len(train_pairs) == 0:
         raise BadInput(f"--dataset {args.dataset}: too few pairs; add some with another prompt")
     return train_pairs, test_pairs
 
 
-def read_splits(args: Args):
+def read_splits(name, seed):
     """The splits by name of a local file or folder, a hub data set or the demo."""
-    name, config, options = args.dataset, None, {}
     if name == "demo":
-        return {"train": demo_records(6144, args.seed), "test": demo_records(1024, args.seed + 10**6)}
+        return {"train": demo_records(6144, seed), "test": demo_records(1024, seed + 10**6)}
+    config = None
     if not os.path.exists(name):  # an existing path may hold a colon of its own
         name, _, config = name.partition(":")
-    kind = FILE_KINDS.get(Path(name).suffix.lower())
-    if kind:
-        options["data_files"] = glob.escape(name)
+    path = Path(name)
+    kind = FILE_KINDS.get(path.suffix.lower())
     with or_refuse(f"--dataset {name} cannot be read"):
-        if os.path.isdir(name) and glob.escape(name) != name:
+        if kind:
+            return datasets.load_dataset(kind, data_files=glob.escape(name))
+        if path.is_dir() and glob.escape(name) != name:
             raise ValueError("the folder's name would be taken for a pattern: rename it")
-        if Path(name, "state.json").exists() or Path(name, "dataset_dict.json").exists():
+        if any([*path.glob("state.json"), *path.glob("dataset_dict.json")]):
             raise ValueError("it was written by save_to_disk: write it with to_parquet or to_json")
-        how = "with pandas: read_csv(...).to_json('pairs.jsonl', orient='records', lines=True)"
-        if os.path.isfile(name) and not kind or any(Path(name).glob("**/*.csv*")):
+        if path.is_file() or any(path.glob("**/*.csv*")):
+            how = "with pandas: read_csv(...).to_json('pairs.jsonl', orient='records', lines=True)"
             raise ValueError(f"a file must be a {', '.join(FILE_KINDS)}; make one {how}")
-        return datasets.load_dataset(kind or name, config or None, **options)
+        return datasets.load_dataset(name, config or None)
 
 
-def read_pairs(run: Run, records, limit):
+def read_pairs(run, records, limit):
     """The first `limit` records as rows of FEATURES, without those left out; it prints how many, and why.
-
     The library keeps the rows: the same records, tokenizer, lengths and code are not read again. Raises
-    BadInput with the record's number for one of no known form, and if no pair can be used.
-    """
-    args, chat, name = run.args, run.chat, run.args.dataset
-    records = records.select(range(min(limit or sys.maxsize, len(records))))
-    lengths = {"max_length": args.max_length, "max_prompt_length": args.max_prompt_length}
-    made_from = [records._fingerprint, Path(__file__).read_text(encoding="utf-8"), lengths, chat.stop_ids]
-    made_from += [chat.tokenizer.backend_tokenizer.to_str(), chat.tokenizer.chat_template]
+    BadInput with the record's number for one of no known form, and if no pair can be used."""
+    args, tokenizer = run.args, run.tokenizer
+    records = records.select(range(len(records))[:limit])
+    made_from = [
+        records._fingerprint, Path(__file__).read_text(encoding="utf-8"), args.max_length, run.stop_ids,
+        args.max_prompt_length, tokenizer.chat_template, tokenizer.backend_tokenizer.to_str(),
+    ]  # fmt: skip
     if run.local_rank > 0:  # the first process of a node reads, the others then find what it kept
         run.barrier()
     try:
         rows = records.map(
-            encode_batch, batched=True, with_indices=True, fn_kwargs={"chat": chat, **lengths},
-            features=FEATURES, remove_columns=records.column_names, desc=f"reading {name}",
-            num_proc=min(os.cpu_count(), len(records) // 1000) or None,
+            encode_batch, batched=True, with_indices=True, fn_kwargs={"chat": run.chat, "args": args},
+            features=FEATURES, remove_columns=records.column_names, desc="reading",
             new_fingerprint=datasets.fingerprint.Hasher.hash(made_from),
+            num_proc=min(os.cpu_count(), len(records) // 1000) or None,
         )  # fmt: skip
     except ValueError as error:
-        raise BadInput(f"--dataset {name}: {one_line(error)}") from error
+        raise BadInput(f"--dataset {args.dataset}: {one_line(error)}") from error
     finally:
         if run.local_rank == 0:
             run.barrier()
     left_out = rows["left_out"][:]
     reasons = dict(Counter(filter(None, left_out)))
-    told = f"{name}: of {len(rows):,} pairs {sum(rows['cut'])} are cut; left out {reasons or 'none'}"
+    told = f"{args.dataset}: of {len(rows):,} pairs {sum(rows['cut'])} are cut; left out {reasons or 'none'}"
     run.say(told)
     if all(left_out):
         raise BadInput(f"no pair can be used: {told}")
     return rows.select([i for i, reason in enumerate(left_out) if not reason])
 
 
-def encode_batch(columns, numbers, chat: ChatTemplate, max_length: int, max_prompt_length: int):
+def encode_batch(columns, numbers, chat, args):
     """Records, a list a column, and their numbers → rows of FEATURES, a list a column. Raises ValueError with
     the number of a record of no known form."""
     rows, texts = [], []
-    for i, number in enumerate(numbers):
-        row = {"record": number, "left_out": ""}
+    for number, *values in zip(numbers, *columns.values()):
         try:
-            before, *answers = split_record({name: values[i] for name, values in columns.items()})
+            before, *answers = split_record(dict(zip(columns, values)))
         except ValueError as error:
             raise ValueError(f"record {number}, counted from 0: {error}") from error
-        row["instruction"] = "\n\n".join(message["content"] for message in before)
         try:
+            left_out = ""
             texts.append(chat.texts_of(before, answers))
         except ValueError as error:
+            left_out = str(error)
             texts.append(["", "", ""])
-            row["left_out"] = str(error)
-        rows.append(row)
+        instruction = "\n\n".join(message["content"] for message in before)
+        rows.append({"record": number, "left_out": left_out, "instruction": instruction})
     prompts, chosen, rejected = zip(*texts)
-    read = zip(chat.ids(prompts), chat.response_ids(prompts, chosen), chat.response_ids(prompts, rejected))
-    for row, (prompt, chosen, rejected) in zip(rows, read):
-        row["prompt"] = chat.cut_prompt(prompt, max_prompt_length)
-        room = max_length - len(row["prompt"])
-        row["chosen"], row["rejected"] = chosen[:room], rejected[:room]
-        row["cut"] = row["prompt"] != prompt or max(len(chosen), len(rejected)) > room
+    chosen, rejected = chat.response_ids(prompts, chosen), chat.response_ids(prompts, rejected)
+    for row, prompt, chosen, rejected in zip(rows, chat.ids(prompts), chosen, rejected):
+        surplus = len(prompt) - args.max_prompt_length
+        if surplus > 0:  # its beginning goes, but for the tokens that begin every text
+            begin = [i for i in prompt[:2] if i in chat.first_ids]
+            prompt = begin + prompt[surplus + len(begin) :]
+        room = args.max_length - len(prompt)
+        row |= {"prompt": prompt, "chosen": chosen[:room], "rejected": rejected[:room]}
+        row["cut"] = surplus > 0 or max(len(chosen), len(rejected)) > room
         if row["chosen"] == row["rejected"]:
             row["left_out"] = row["left_out"] or "the two responses are the same"
-        row["crc"] = zlib.crc32(str(row).encode())
+        row["crc"] = seed_of(row)
     return {name: [row[name] for row in rows] for name in FEATURES}
 
 
 def split_record(record):
     """A record → (messages before the answer, chosen answer, rejected answer). Raises ValueError.
-
     Answers are texts, and `prompt` is one, or a list of messages. Or they are lists of messages that end with
-    the answer; what stands before it is the same in both, with `prompt` in it, or nothing and `prompt` is it.
-    """
+    the answer; what stands before it is the same in both, with `prompt` in it, or it is `prompt` alone."""
     prompt = read_messages(record, "prompt", role="user")
-    *shared, chosen = read_messages(record, "chosen", role="assistant") or [None]
-    *other, rejected = read_messages(record, "rejected", role="assistant") or [None]
-    if not chosen or not rejected or {chosen["role"], rejected["role"]} != {"assistant"}:
-        raise ValueError(f"'chosen' and 'rejected' do not both end with an answer (it has {', '.join(record)})")
-    if shared != other:
+    chosen = read_messages(record, "chosen", role="assistant")
+    rejected = read_messages(record, "rejected", role="assistant")
+    ends = [message["role"] for message in chosen[-1:] + rejected[-1:]]
+    if ends != ["assistant", "assistant"]:
+        has = ", ".join(record)
+        raise ValueError(f"'chosen' and 'rejected' do not both end with an answer (it has {has})")
+    *shared, chosen = chosen
+    *others, rejected = rejected
+    if shared != others:
         raise ValueError("the messages before the answer differ in 'chosen' and 'rejected'")
     if shared and any(message not in shared for message in prompt):
         raise ValueError("'prompt' is not in the conversation of 'chosen'")
@@ -834,18 +830,21 @@ def split_record(record):
     return before, chosen["content"], rejected["content"]
 
 
-def read_messages(record, key: str, role: str):
+def read_messages(record, key, role):
     """A field's messages, each a role and a text; a text alone is one of the given role. Keys that are null
     are none, for a table fills them in. Raises ValueError for anything else."""
-    value, messages = record.get(key) or [], []
-    if isinstance(record.get(key), str):
-        value = [{"role": role, "content": record[key]}]
+    value, messages = record.get(key), []
+    if value is None:
+        return messages
+    if isinstance(value, str):
+        value = [{"role": role, "content": value}]
     for message in value if isinstance(value, list) else [value]:
         items = message.items() if isinstance(message, dict) else []
-        known = {name: x for name, x in items if x is not None}
-        if known.keys() != {"role", "content"} or {type(x) for x in known.values()} != {str}:
-            raise ValueError(f"a message of '{key}' is not a role and a text alone (it has {', '.join(known)})")
-        messages.append(known)
+        kinds = {name: type(x) for name, x in items if x is not None}
+        if kinds != {"role": str, "content": str}:
+            has = ", ".join(kinds)
+            raise ValueError(f"a message of '{key}' is not a role and a text alone (it has {has})")
+        messages.append({"role": message["role"], "content": message["content"]})
     return messages
 
 
@@ -865,40 +864,39 @@ class ChatTemplate:
 
     `surplus`: the end of its generation prompt that does not stand before an answer (R1's "<think>").
     `header`: what it writes before an answer, but not as a generation prompt. `tail`: what stands between
-    question and answer. `first_ids`: what begins every text. `stop_ids`: what ends a response; the first of
-    them stands behind an answer. Raises ValueError for a template that cannot be used.
+    question and answer. `first_ids`: what begins every text. `stop_ids`: what ends a response, that behind
+    an answer first. Raises ValueError for a template that cannot be used.
     """
 
     def __init__(self, tokenizer, first_ids, named_ids):
         self.tokenizer, self.header, self.first_ids = tokenizer, "", [*first_ids, tokenizer.bos_token_id]
         question, answer = {"role": "user", "content": "giraffe"}, {"role": "assistant", "content": "zebra"}
         prompt = self.render([question], add_generation_prompt=True)
-        whole = self.render([question, answer])
-        shared = os.path.commonprefix([prompt, whole])
+        head, _, end = self.render([question, answer]).rpartition("zebra")
+        shared = os.path.commonprefix([prompt, head])
         shared = re.sub(r"<[^<>]*$", "", shared)  # two tags that differ may begin alike
-        if "giraffe" not in shared or "zebra" not in whole:
+        if "giraffe" not in shared:
             raise ValueError("it does not write a message's text as it is")
         self.surplus = prompt[len(shared) :]
         if prompt == self.render([question]):  # a template that knows no generation prompt
-            self.header = whole[len(shared) : whole.index("zebra")].rstrip(" ")
+            self.header = head[len(shared) :].rstrip(" ")
         self.tail = shared.rpartition("giraffe")[2].strip()
-        (after,) = self.ids([whole.rpartition("zebra")[2]])
         known = {tokenizer.eos_token_id, *tokenizer.added_tokens_decoder}  # another one may be a plain word
-        ends = [i for i in after if i in known and tokenizer.decode(i).strip()]
+        ends = [i for i in self.ids([end])[0] if i in known and tokenizer.decode(i).strip()]
         if not ends:
             raise ValueError("it writes no end token after an answer")
         stops = [ends[0], tokenizer.eos_token_id, *[i for i in named_ids if i in known]]
         self.stop_ids = list(dict.fromkeys(stops))
         self.stop = re.compile("|".join(re.escape(tokenizer.decode(i)) for i in self.stop_ids))
 
-    def render(self, messages, **options) -> str:
-        """Messages as the template writes them. Raises ValueError with the template's own complaint."""
+    def render(self, messages, **options):
+        """Messages as the template writes them. Raises ValueError with the template's complaint."""
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template says: {one_line(error)}") from error
 
-    def texts_of(self, before, answers) -> list[str]:
+    def texts_of(self, before, answers):
         """[prompt, response, response] as texts: a response is the whole conversation minus the prompt, up to
         the first token that ends it. Raises ValueError if that is not all that the record says."""
         prompt = self.render(before, add_generation_prompt=True).removesuffix(self.surplus) + self.header
@@ -938,19 +936,11 @@ class ChatTemplate:
         wholes = self.ids(prompt[-16:] + response for prompt, response in zip(prompts, responses))
         found = []
         for start, whole, response in zip(starts, wholes, responses):
-            others = iter(["\n", ":", "a", ""])
-            while whole[: len(start)] != start:  # a token crosses the boundary: read it behind another text
-                other = next(others)
-                start, whole = self.ids([other, other + response])
+            for other in ("\n", ":", "a", ""):
+                if whole[: len(start)] != start:  # a token crosses the boundary: read it behind another text
+                    start, whole = self.ids([other, other + response])
             found.append(whole[len(start) :])
         return found
-
-    def cut_prompt(self, ids: list[int], longest: int) -> list[int]:
-        """A prompt that is too long loses its beginning, but for the tokens that begin every text."""
-        surplus = max(0, len(ids) - longest)
-        begin = [i for i in ids[:2] if surplus and i in self.first_ids]
-        return begin + ids[surplus + len(begin) :]
-
 
 # ------------------------------------------------------------------------------------------------------------
 # 8  The demo world: reviews in plain English, "the bed was superb but the staff was not good .", whose true
@@ -962,24 +952,25 @@ THINGS = {
     "game": "plot music graphics sound", "bike": "frame saddle price colour",
     "museum": "building guide shop price",
 }  # fmt: skip
-VALENCE = {
-    "superb": 2, "lovely": 2, "good": 1, "nice": 1, "pleasant": 1, "solid": 1, "fine": 0.5,
-    "plain": -0.5, "bad": -1, "dull": -1, "poor": -1, "weak": -1, "awful": -2, "dreadful": -2,
+VALENCES = {
+    2: "superb lovely", 1: "good nice pleasant solid", 0.5: "fine",
+    -0.5: "plain", -1: "bad dull poor weak", -2: "awful dreadful",
 }  # fmt: skip
+VALENCE = {word: valence for valence, words in VALENCES.items() for word in words.split()}
 JOINS = ["and", "but", ","]
 ASKING = ["write a review of the {} .", "how was the {} ?", "what did you think of the {} ?"]
 DEMO_TEXT = " ".join([*ASKING, *THINGS, *THINGS.values(), *VALENCE, *JOINS, "not"])
 DEMO_WORDS = sorted(set(DEMO_TEXT.split()) - {"{}"})
 
 
-def well_formed(prompt: str, review: str) -> bool:
+def well_formed(prompt, review):
     """Whether it is a review of what the prompt asks about: one to four opinions on the thing's own parts."""
     (thing,) = set(prompt.split()) & set(THINGS)
     opinion = f"the ({'|'.join(THINGS[thing].split())}) was (not )?({'|'.join(VALENCE)})"
     return bool(re.fullmatch(rf"{opinion}( ({'|'.join(JOINS)}) {opinion}){{0,3}} \.", review))
 
 
-def true_reward(prompt: str, review: str) -> float:
+def true_reward(prompt, review):
     """The mean valence of a review's opinions ("not" turns it), in [-2, 2]; -2 if it is not well-formed."""
     if not well_formed(prompt, review):
         return -2.0
@@ -987,7 +978,7 @@ def true_reward(prompt: str, review: str) -> float:
     return sum(VALENCE[word] * (-1 if negation else 1) for negation, word in opinions) / len(opinions)
 
 
-def demo_review(generator: random.Random, thing: str) -> str:
+def demo_review(generator, thing):
     """A review by somebody who liked nearly all or nearly nothing; a third of the opinions have "not"."""
     mood, review = generator.betavariate(0.1, 0.1), ""
     for part in generator.sample(THINGS[thing].split(), generator.randint(1, 4)):
@@ -999,7 +990,7 @@ def demo_review(generator: random.Random, thing: str) -> str:
     return review + " ."
 
 
-def demo_records(n: int, seed: int):
+def demo_records(n, seed):
     """n preference pairs of the demo world; which response is chosen is drawn by Bradley–Terry (Eq. 1)."""
     generator = random.Random(seed)
     records = []
@@ -1019,13 +1010,13 @@ def demo_tokenizer():
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *DEMO_WORDS])}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, pad_token="<pad>", eos_token="<eos>",
-        unk_token="<unk>",
-    )  # fmt: skip
+        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special
+    )
 
 
-def demo_model(seed: int):
+def demo_model(seed):
     """A two-layer Llama with random weights, 0.09M parameters."""
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(
@@ -1040,21 +1031,19 @@ def demo_model(seed: int):
 #    Reward, KL from π_ref, entropy and accuracy are their differences.
 
 
-def evaluate(run: Run, folders, test_pairs, precision):
+def evaluate(run, folders, test_pairs, precision):
     """Compare π_ref, π_dpo, π_dpo⁻ (if there is one) and the policy; write and print what is found.
 
     `models`: means over each model's own responses to held-out prompts, and half of a 95 % interval (`_pm`).
     The teacher's reward of a response; `kl_ref`, log π(y) − log π_ref(y), in nats a response; `entropy`,
     −log π(y)/|y|, in nats a token; length in tokens, and the share that the limit clipped; the demo's truth
-    or the judge's score, and the win rate against π_ref by it. `reward_accuracy`: the share of held-out pairs
-    in which log π_dpo/π_ref (dpo), log π_ref/π_dpo⁻ (reverse) and their sum (contrastive) prefer the chosen
-    response.
+    or the judge's score, and the win rate against π_ref by it. `reward_accuracy`: in what share of held-out
+    pairs log π_dpo/π_ref (dpo), log π_ref/π_dpo⁻ (reverse), their sum (contrastive) prefer the chosen one.
     """
     args, path = run.args, run.out / "results.json"
     if path.exists():
         run.say(f"evaluation: finished before; to repeat it, delete {path}")
         return json.loads(path.read_text(encoding="utf-8"))
-    torch.set_float32_matmul_precision("highest")
     lms = {name: load_lm(run, folder, precision="float32") for name, folder in folders.items()}
     rows = test_pairs.to_list()
     if args.dataset != "demo":  # which has few prompts; of others each is asked once
@@ -1063,10 +1052,10 @@ def evaluate(run: Run, folders, test_pairs, precision):
     samples = pd.concat([own_samples(run, lms, name, rows) for name in lms], ignore_index=True)
     score = "score" if args.judge else "true_reward"
     if args.judge:
-        samples[score] = judge_scores(run, samples)
+        samples[score] = judge_scores(run, samples["instruction"], samples["output"])
     if score in samples:
         gap = samples[score] - np.tile(samples[score][: len(rows)], len(lms))  # the reference's come first
-        samples["win_rate"] = (gap > 0) + 0.5 * (gap == 0)
+        samples["win_rate"] = (np.sign(gap) + 1) / 2
     groups = samples.groupby("generator", sort=False)
     half_intervals = 1.96 * groups.sem(numeric_only=True)
     models = groups.mean(numeric_only=True).join(half_intervals.add_suffix("_pm"))
@@ -1079,14 +1068,13 @@ def evaluate(run: Run, folders, test_pairs, precision):
     if "reverse_dpo" in lms:
         right["reverse"] = margins["reference"] > margins["reverse_dpo"]
         right["contrastive"] = margins["dpo"] > margins["reverse_dpo"]
-    accuracy = pd.DataFrame({"accuracy": right.mean(), "accuracy_pm": 1.96 * right.sem()})
-    accuracy["pairs"] = len(right)
-
+    half = 1.96 * right.sem()
+    accuracy = pd.DataFrame({"accuracy": right.mean(), "accuracy_pm": half, "pairs": len(right)})
+    write_json(run.out / "samples.json", samples.to_dict("records"))
     results = {"models": models, "reward_accuracy": accuracy}
     for name, table in results.items():
         results[name] = table.dropna(axis=1).to_dict("index")  # a single response gives no interval
     results |= precision
-    write_json(run.out / "samples.json", samples.to_dict("records"))
     write_json(path, results)  # last: it says that the rest is there
     run.say(f"\nhow often a reward prefers the chosen response of a held-out pair:\n{accuracy.round(3)}\n")
     columns = [score, f"{score}_pm", "well_formed", "win_rate", "win_rate_pm", "kl_ref", "length"]
@@ -1095,38 +1083,39 @@ def evaluate(run: Run, folders, test_pairs, precision):
     return results
 
 
-def own_samples(run: Run, lms, name: str, rows) -> pd.DataFrame:
+def own_samples(run, lms, name, rows):
     """One response of lms[name] to each row's prompt, as a table in AlpacaEval's form with more columns."""
     torch.manual_seed(seed_of(run.args.seed, "evaluation"))  # the same random numbers for every model
     examples, facts = own_responses(run, lms[name], rows)
     responses = [response for (response,) in examples]
+    tokens = [response.tokens for response in responses]
+    length = facts.pop("completions/mean_length")
     logps = logps_table(run, lms, responses)
-    base = Teacher(run.args, lms.get).base
-    table = pd.DataFrame({"instruction": [row["instruction"] for row in rows], "generator": name})
-    table["token_ids"] = [response.tokens for response in responses]
-    table["output"] = run.tokenizer.batch_decode(table["token_ids"].tolist(), skip_special_tokens=True)
-    table["length"] = facts.pop("completions/mean_length")
-    table["clipped"] = facts.pop("completions/clipped_ratio")
-    table["kl_ref"] = logps[name] - logps["reference"]
-    table["entropy"] = -logps[name] / table["length"]
-    table["reward"] = implicit_reward(logps["dpo"], logps[base], run.args.beta)
-    return table.assign(**facts)
+    base_logps = logps.get("reverse_dpo", logps["reference"])
+    table = {
+        "instruction": [row["instruction"] for row in rows], "generator": name, "token_ids": tokens,
+        "output": run.tokenizer.batch_decode(tokens, skip_special_tokens=True),
+        "length": length, "clipped": facts.pop("completions/clipped_ratio"),
+        "kl_ref": logps[name] - logps["reference"], "entropy": -logps[name] / length,
+        "reward": implicit_reward(logps["dpo"], base_logps, run.args.beta),
+    }  # fmt: skip
+    return pd.DataFrame(table | facts)
 
 
 @torch.no_grad()
-def logps_table(run: Run, lms, responses) -> pd.DataFrame:
+def logps_table(run, lms, responses):
     """log π(y|x): a row a response, a column a model."""
-    table = pd.DataFrame(0.0, index=range(len(responses)), columns=[*lms])
+    table = pd.DataFrame(0.0, index=range(len(responses)), columns=list(lms))
     batches = list(micro_batches(run, [[response] for response in responses]))
-    for group, batch in run.bar(batches, "scoring", leave=False):
+    for group, batch in tqdm(batches, "scoring", leave=False):
         for name, lm in lms.items():
-            table.loc[group, name] = response_logps(lm, batch, lm.hidden(batch)).cpu().numpy()
+            table.loc[group, name] = response_logps(lm, batch, lm.hidden(batch)).tolist()
     return table
 
 
 @torch.no_grad()
-def judge_scores(run: Run, samples: pd.DataFrame) -> list[float]:
-    """The judge's score of every output, by its own chat template; a prompt of several turns is given to it
+def judge_scores(run, questions, answers):
+    """The judge's score of every answer, by its own chat template; a prompt of several turns is given to it
     as one message. Raises BadInput unless it is a reward model: one output, and a chat template."""
     model, tokenizer = load_pretrained(transformers.AutoModelForSequenceClassification, run.args.judge)
     if model.config.num_labels != 1 or not tokenizer.chat_template:
@@ -1136,16 +1125,15 @@ def judge_scores(run: Run, samples: pd.DataFrame) -> list[float]:
     longest = min(positions_of(model.config), tokenizer.model_max_length)
     options = {"truncation": True, "max_length": longest, "return_tensors": "pt", "return_dict": True}
     scores = []
-    for sample in run.bar(samples.to_dict("records"), "judging", leave=False):
-        messages = [{"role": "user", "content": sample["instruction"]}]
-        messages.append({"role": "assistant", "content": sample["output"]})
-        inputs = tokenizer.apply_chat_template(messages, **options).to(run.device)
-        scores.append(model(**inputs).logits.item())
+    for question, answer in zip(tqdm(questions, "judging", leave=False), answers):
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        inputs = tokenizer.apply_chat_template(messages, **options)
+        scores.append(model(**inputs.to(run.device)).logits.item())
     return scores
 
 
 @torch.no_grad()
-def precision_report(run: Run, teacher: Teacher, pairs):
+def precision_report(run, teacher, pairs):
     """What coarse products leave of the teacher, on one batch: what share of z_dpo − z_base survives (the
     length of its projection on the true one), and KL(true teacher ‖ coarse one) in nats a token."""
     coarse, found = run.args.precision, []
@@ -1154,7 +1142,6 @@ def precision_report(run: Run, teacher: Teacher, pairs):
     examples, _ = data_responses(run, None, islice(pairs, 16), ["chosen"])
     _, batch = next(micro_batches(run, examples))
     for precision in ("float32", coarse):  # in this order: the teacher keeps the second
-        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
         for lm in teacher.lms.values():
             lm.precision = precision
         found.append(teacher.logits(teacher.hidden(batch), slice(CHUNK_SIZE)))
@@ -1178,7 +1165,7 @@ class BadInput(Exception):
 
 
 @contextlib.contextmanager
-def or_refuse(what: str):
+def or_refuse(what):
     """Turn whatever a library raises at a border (a model, data, a file) into BadInput: what, and why."""
     try:
         yield
@@ -1188,14 +1175,14 @@ def or_refuse(what: str):
         raise BadInput(f"{what} ({one_line(error)})") from error
 
 
-def one_line(error: BaseException) -> str:
+def one_line(error):
     """The beginning of an error's message as one line, or its kind if it has none."""
     if isinstance(error, datasets.exceptions.DatasetGenerationError):  # its cause has the message
         error = error.__cause__ or error
     return " ".join(str(error).split())[:400] or type(error).__name__
 
 
-def set_up(args: Args):
+def set_up(args):
     """Check all that can be checked before training, open the output folder: (run, two sets of pairs)."""
     check_settings(args)
     transformers.logging.disable_progress_bar()
@@ -1219,21 +1206,21 @@ def set_up(args: Args):
         raise BadInput(f"--max_length must be over --max_prompt_length + 1, and at most {positions}")
     train_pairs, test_pairs = load_pairs(run)
     if args.judge:
-        judge_scores(run, pd.DataFrame({"instruction": ["a"], "output": ["b"]}))
+        judge_scores(run, ["a"], ["b"])
     if min(args.batch_size, len(train_pairs)) < run.world:
         raise BadInput(f"--batch_size {args.batch_size}: each of {run.world} processes needs a pair a step")
     pairs = seed_of(train_pairs["crc"][:], test_pairs["crc"][:])
-    weights = seed_of(*[weight.flatten()[:99].tolist() for weight in lm.model.parameters()])
+    weights = seed_of([weight.flatten()[:99].tolist() for weight in lm.model.parameters()])
     run.open_output({"checksum of the pairs": pairs, "checksum of the model": weights})
     ask_hub(False)  # what it holds may change while the run trains
     return run, train_pairs, test_pairs
 
 
-def check_settings(args: Args):
+def check_settings(args):
     """Raise BadInput for settings that cannot be meant; fill in those that depend on others alone."""
     for name, value in vars(args).items():
         may_be_0 = name in ("alpha", "alpha_r", "warmup_ratio", "seed")
-        if type(value) in (int, float) and not (value > 0 or (may_be_0 and value == 0)):  # NaN fails, too
+        if type(value) in (int, float) and not (value > 0 or may_be_0 and value == 0):  # NaN fails, too
             raise BadInput(f"--{name} {value} is out of range")
         if isinstance(value, str):
             setattr(args, name, os.path.expanduser(value))
@@ -1252,7 +1239,7 @@ def check_settings(args: Args):
 HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE  # as the user's environment says
 
 
-def ask_hub(allowed: bool):
+def ask_hub(allowed):
     """Whether the libraries may ask the hub from now on, or take all from their caches."""
     offline = HUB_OFFLINE or not allowed
     huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = offline
@@ -1261,10 +1248,10 @@ def ask_hub(allowed: bool):
 class Run:
     """What every stage needs besides mathematics: settings, devices, processes, tokenizer, output folder."""
 
-    def __init__(self, args: Args):
+    def __init__(self, args):
         self.args, self.out = args, Path(args.output_dir or f"runs/{Path(args.model).name}")
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        self.local_rank = dist.get_node_local_rank(fallback_rank=0)
         if args.device in (None, "cuda") and torch.cuda.is_available():  # "cuda" is this process's
             torch.cuda.set_device(self.local_rank)
         best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
@@ -1272,12 +1259,11 @@ class Run:
             self.device = torch.empty(0, device=args.device or best).device
             self.teacher_device = torch.empty(0, device=args.teacher_device or self.device).device
         if self.world > 1 and not dist.is_initialized():
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            patience = datetime.timedelta(hours=4)  # the others wait for the one that reads the data
             with or_refuse("WORLD_SIZE is set: start several processes with torchrun, or unset it"):
-                # they wait for the one that reads the data
-                dist.init_process_group(backend, timeout=datetime.timedelta(hours=4))
+                dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=patience)
 
-    def read_tokenizer(self, lm: LM):
+    def read_tokenizer(self, lm):
         """Find what begins, stops and pads a text; a model without a chat template gets PLAIN_TEMPLATE, and
         SFT by default. Raises BadInput if the model cannot be used with its tokenizer."""
         self.tokenizer = tokenizer = lm.tokenizer
@@ -1301,16 +1287,15 @@ class Run:
         return config if "started" in config else {}
 
     def open_output(self, checksums):
-        """Make the output folder, or go on with the run in it; rank 0 does, and holds it until it ends. Raises
+        """Make the output folder, or go on with the run in it; rank 0 does, and holds it to the end. Raises
         BadInput on every process if rank 0 cannot, or if they do not all see the same folder."""
-        refusal = self.rank == 0 and self.claim_output(vars(self.args) | checksums)
+        refusal = self.claim_output(vars(self.args) | checksums) if self.rank == 0 else None
         self.barrier()
-        view = refusal, self.saved_config().get("started")
-        views = [view] * self.world
+        views = [(refusal, self.saved_config().get("started"))] * self.world
         if self.world > 1:
-            dist.all_gather_object(views, view)
-        refusal, started = views[0]
-        if not refusal and any(view[1] != started for view in views):
+            dist.all_gather_object(views, views[0])
+        refusal = views[0][0]
+        if not refusal and len(set(views)) > 1:
             refusal = "is not the same one for every process: they must share it"
         if refusal:
             raise BadInput(f"output folder {self.out} {refusal}")
@@ -1332,54 +1317,52 @@ class Run:
             pass  # some file systems, and Windows, have no such locks
         for name, value in self.saved_config().items():
             if name not in FREE_SETTINGS and value != config.get(name):
-                return f"is from a run with other settings ({name} {value} → {config.get(name)}); choose another"
+                change = f"{name} {value} → {config.get(name)}"
+                return f"is from a run with other settings ({change}); choose another"
         write_json(self.out / "config.json", config | {"started": str(datetime.datetime.now())})
 
-    def log(self, stage: str, step: int, line):
+    def log(self, stage, step, line):
         """Add a line to metrics.jsonl."""
         if self.rank == 0:
-            with or_refuse("metrics.jsonl cannot be written: make room and run the same command"):
-                with open(self.out / "metrics.jsonl", "a") as file:
-                    file.write(json.dumps({"stage": stage, "step": step, **line}) + "\n")
+            refuse = or_refuse("metrics.jsonl cannot be written: make room and run the same command")
+            with refuse, open(self.out / "metrics.jsonl", "a") as file:
+                print(json.dumps({"stage": stage, "step": step, **line}), file=file)
 
-    def say(self, text: str):
+    def say(self, text):
         if self.rank == 0:
             tqdm.write(text)
-
-    def bar(self, items, title: str, **options):
-        return tqdm(items, title, dynamic_ncols=True, disable=self.rank > 0, **options)
 
     def barrier(self):
         """Go on when every process has come here. (An all_reduce would not wait for them on a GPU.)"""
         if self.world > 1:
             dist.barrier()
 
-    def sum_over_ranks(self, values: Tensor) -> Tensor:
+    def sum_over_ranks(self, values):
         """The sum over processes, in place."""
         if self.world > 1:
             dist.all_reduce(values)
         return values
 
 
-def seed_of(*parts) -> int:
+def seed_of(*parts):
     """One number from a seed and what it is used for; the same on every machine."""
     return zlib.crc32("/".join(map(str, parts)).encode())
 
 
-def load_pretrained(auto_class, name: str):
+def load_pretrained(auto_class, name):
     """(model in float32, tokenizer). Raises BadInput if its files are not the whole model, and only that.
-
-    The tokenizer is what tokenizer.json holds; AutoTokenizer builds another one for some kinds of models. But
-    it knows the end token where no file names it, as for GPT-2, and reads other files than tokenizer.json.
-    """
+    AutoTokenizer builds another tokenizer than tokenizer.json's for some kinds of models, but it knows the
+    end token where no file names it, as for GPT-2, and reads other files."""
     with or_refuse(f"model {name} cannot be used from safetensors files"):
         if Path(name, "adapter_config.json").exists():
             raise ValueError("it is an adapter: merge it into its model and save the whole")
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        if transformers.utils.cached_file(name, "tokenizer.json", _raise_exceptions_for_missing_entries=False):
-            end = tokenizer.eos_token
-            tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(name)
-            tokenizer.eos_token = tokenizer.eos_token or end
+        end = tokenizer.eos_token
+        options = {"_raise_exceptions_for_missing_entries": False}
+        if transformers.utils.cached_file(name, "tokenizer.json", **options):
+            tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(name, eos_token=end)
+        if not tokenizer.is_fast or end is None:
+            raise ValueError("its tokenizer has no tokenizer.json, or no end-of-sequence token")
         model, info = auto_class.from_pretrained(
             name, dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
@@ -1388,24 +1371,18 @@ def load_pretrained(auto_class, name: str):
         unused = [key for key in info["unexpected_keys"] if key.startswith(f"{model.base_model_prefix}.")]
         if unused:
             raise ValueError(f"weights in its files are not of this model, {min(unused)} for one")
-        if not tokenizer.is_fast or tokenizer.eos_token is None:
-            raise ValueError("its tokenizer has no tokenizer.json, or no end-of-sequence token")
         if max(tokenizer.get_vocab().values()) >= len(model.get_input_embeddings().weight):
             raise ValueError("its tokenizer has ids beyond the rows of its embedding: resize it")
     return model, tokenizer
 
 
-def load_lm(run: Run, name: str, device=None, precision: str | None = None) -> LM:
-    """A causal LM, by default on the run's device and in its precision.
-
-    With --gradient_checkpointing each layer's activations are computed again in the backward pass. (The
-    library's own way does so in training mode only, in which some layers drop out.)
-    """
+def load_lm(run, name, device=None, precision=None) -> LM:
+    """A causal LM, by default on the run's device and in its precision."""
     if name == "demo":
         model, tokenizer = demo_model(run.args.seed), demo_tokenizer()
     else:
         model, tokenizer = load_pretrained(transformers.AutoModelForCausalLM, name)
-    if run.args.gradient_checkpointing:
+    if run.args.gradient_checkpointing:  # the library's own way needs training mode, which drops out
         layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
         if not layers:
             raise BadInput(f"model {name} has no layers for --gradient_checkpointing")
@@ -1415,21 +1392,21 @@ def load_lm(run: Run, name: str, device=None, precision: str | None = None) -> L
 
 
 @torch.no_grad()
-def check_model(lm: LM, name: str):
+def check_model(lm, name):
     """Raise BadInput unless generate(), with its cache and left padding, draws from head(body(tokens))."""
     prompts = torch.tensor([[0, 0, 0, 3, 4], [5, 6, 7, 8, 9]])
     config = transformers.GenerationConfig(
         do_sample=False, max_new_tokens=8, pad_token_id=0, output_logits=True, return_dict_in_generate=True
     )
     output = lm.generate(prompts, (prompts > 0).long(), config)
-    padded = output.sequences[0].tolist()
-    ours = lm.logits(lm.hidden(collate([[Response(padded[3:5], padded[5:])]], pad_id=0))).log_softmax(-1)
+    batch = collate([[Response([3, 4], output.sequences[0, 5:].tolist())]], pad_id=0)
+    ours = lm.logits(lm.hidden(batch)).log_softmax(-1)
     own = torch.stack(output.logits)[:, 0].log_softmax(-1)
     if not (ours - own.to(ours.device)).abs().max() <= 1e-2:  # not <=, so NaN fails too
         raise BadInput(f"model {name}: generate() and head(body(tokens)) differ, or are not finite")
 
 
-def positions_of(config) -> int:
+def positions_of(config):
     """How many tokens a model holds. A longrope model reads a text that is longer than it was first trained
     on, and all that is batched with it, in another way: it holds no more than that here."""
     config = config.get_text_config()
@@ -1443,7 +1420,7 @@ def positions_of(config) -> int:
 
 
 @contextlib.contextmanager
-def written_aside(path: Path):
+def written_aside(path):
     """Give another path to write to; then rename what was written there to `path`."""
     aside = path.with_name(f".{path.name}.partial")
     with or_refuse(f"{path} cannot be written: make room and run the same command"):
@@ -1452,18 +1429,18 @@ def written_aside(path: Path):
         os.replace(aside, path)
 
 
-def write_json(path: Path, content):
+def write_json(path, content):
     with written_aside(path) as aside:
         text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
         aside.write_text(text, encoding="utf-8")
 
 
-def save_model(run: Run, model, folder: Path):
+def save_model(run, model, folder):
     """A Hugging Face checkpoint and its tokenizer; generate() stops where the model was trained to. The
     start's own temperature, penalties and the like are left out: it was not trained with them."""
     if run.rank == 0:
-        ids = {"eos_token_id": run.stop_ids, "pad_token_id": run.pad_id}
-        model.generation_config = transformers.GenerationConfig(**ids)
+        stops = transformers.GenerationConfig(eos_token_id=run.stop_ids, pad_token_id=run.pad_id)
+        model.generation_config = stops
         with written_aside(folder) as aside:
             model.save_pretrained(aside)
             run.tokenizer.save_pretrained(aside)
@@ -1471,13 +1448,7 @@ def save_model(run: Run, model, folder: Path):
     run.barrier()  # the others read it next
 
 
-def save_checkpoint(run: Run, stage: str, model, optimizer, step: int):
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-    with written_aside(run.out / f"checkpoint-{stage}.pt") as aside:
-        torch.save(state, aside)
-
-
-def resume(run: Run, stage: str, model, optimizer) -> int:
+def resume(run, stage, model, optimizer):
     """Put this stage's last checkpoint into model and optimizer; the steps done. Later lines of metrics.jsonl
     are dropped, for they are written again, and so is one that a kill cut."""
     step, path, metrics = 0, run.out / f"checkpoint-{stage}.pt", run.out / "metrics.jsonl"
@@ -1488,14 +1459,14 @@ def resume(run: Run, stage: str, model, optimizer) -> int:
         step = state["step"]
         run.say(f"{stage}: going on after step {step}")
     if run.rank == 0 and metrics.exists():
-        lines = [line for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        ours = [line for line in lines if line.startswith(f'{{"stage": "{stage}"')]
+        lines = re.findall(".*\n", metrics.read_text())
+        late = [line for line in lines if line.startswith(f'{{"stage": "{stage}"')][step:]
         with written_aside(metrics) as aside:
-            aside.write_text("".join(line for line in lines if line not in ours[step:]))
+            aside.write_text("".join(line for line in lines if line not in late))
     return step
 
 
-def main() -> int:
+def main():
     """The command line. The exit status is 2 for what cannot be used, and where memory is not enough."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal that cannot print a character does not end a run
@@ -1509,7 +1480,7 @@ def main() -> int:
     except torch.OutOfMemoryError as error:
         flags = "--tokens_per_micro_batch or --sampling_batch_size, or use --gradient_checkpointing"
         message = f"{one_line(error)}; lower {flags}: the same command goes on from the last checkpoint"
-    tqdm.write(f"aligndistil.py: error: {message}", file=sys.stderr)
+    print(f"aligndistil.py: error: {message}", file=sys.stderr)
     return 2
 
 
