@@ -11,13 +11,9 @@ reward for each token of the vocabulary. Extrapolating from the first away from 
 state, the teacher that maximises this reward under a KL penalty; how far depends on how much they disagree.
 The policy is distilled from that teacher on the policy's own samples.
 
-Where the paper is silent, settings are those of the authors' code (Adam's betas, the cosine). Where the two
-differ, this file follows the paper: the loss covers every response token, the first one too; TVD has its
-factor 1/2 (their beta2 is r/2). Unlike theirs, weights and losses are float32 (see --precision), and models
-of different vocabularies are refused. Left out: sharded weights (policy and optimizer must fit one device).
-
-Sections: 1 settings, 2 the mathematics, 3 losses and teacher, 4 the algorithm (align), 5 the training loop,
-6 a language model taken apart, 7 data, 8 the demo world, 9 evaluation, 10 the run. The method is 1 to 4.
+Where the authors' code differs from the paper, this file follows the paper: the loss covers every response
+token, the first one too; TVD has its factor 1/2 (their beta2 is r/2). Left out: sharded weights.
+The method is sections 1 to 4; the rest is what it runs on.
 """
 
 from __future__ import annotations
@@ -127,12 +123,10 @@ FREE_SETTINGS = """output_dir judge save_steps device teacher_device gradient_ch
     tokens_per_micro_batch sampling_batch_size started""".split()
 
 
-def parse_args(argv=None) -> Args:
+def parse_args(argv=None):
     """The command line as Args. Exits with status 2 for an unknown or malformed flag."""
-    usage = "aligndistil.py [--help] [--flag value ...]"
-    parser = transformers.HfArgumentParser(
-        Args, usage=usage, description=__doc__.split("\n\n")[0], allow_abbrev=False
-    )
+    usage, about = "aligndistil.py [--help] [--flag value ...]", __doc__.split("\n\n")[0]
+    parser = transformers.HfArgumentParser(Args, usage=usage, description=about, allow_abbrev=False)
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Args), re.MULTILINE))
     for action in parser._actions:
         action.help = comments.get(action.dest, action.help)
@@ -392,18 +386,16 @@ def align(args: Args) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 5  The training loop that all stages share, what a step trains on, and sampling. A step is a pure function
-#    of the weights, the optimizer and its number: the data's order is seeded by (seed, epoch), sampling by
-#    (seed, stage, step, rank), so a checkpoint needs no random state.
+# 5  The training loop of all stages, what a step trains on, and sampling. A step is a pure function of the
+#    weights, the optimizer and its number, which seeds it, so a checkpoint needs no random state.
 
 
 def train(run, stage, start, pairs, examples_of, loss_of, learning_rate, epochs):
     """Train a copy of the model `start` (folder or hub id) and return its folder, <output_dir>/<stage>.
 
-    `examples_of(run, lm, rows)` says what a step trains on, given rows of the data (section 7): examples,
-    which are lists of Responses that stay together, and facts, which are logged: name → a number an example.
-    `loss_of(lm, batch, scale)` is a loss of section 3. A finished stage is not repeated; one under way goes
-    on from its last checkpoint. Raises BadInput, before the update, when a gradient is not finite.
+    `examples_of(run, lm, rows)` says what a step trains on, given rows of the data: examples, lists of
+    Responses that stay together, and facts to be logged: name → a number an example. `loss_of(lm, batch,
+    scale)` is a loss of section 3. A finished stage is not repeated; a checkpoint is gone on from.
     """
     args, folder = run.args, run.out / stage
     if folder.exists():
@@ -413,8 +405,7 @@ def train(run, stage, start, pairs, examples_of, loss_of, learning_rate, epochs)
     optimizer = torch.optim.AdamW(lm.model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     batches = batches_of(args, len(pairs), epochs, run.world)
     first = resume(run, stage, lm.model, optimizer)
-    steps = range(first, len(batches))
-    bar = tqdm(steps, stage, len(batches), initial=first, dynamic_ncols=True, disable=run.rank > 0)
+    bar = tqdm(range(first, len(batches)), stage, len(batches), initial=first, disable=run.rank > 0)
     for step in bar:
         n, done = len(batches[step]), step + 1
         torch.manual_seed(seed_of(args.seed, stage, step, run.rank))
@@ -444,8 +435,8 @@ def train(run, stage, start, pairs, examples_of, loss_of, learning_rate, epochs)
 
 
 def batches_of(args, n, epochs, world):
-    """Which of n pairs each step of a stage takes: `epochs` passes, each a new seeded permutation of 0..n−1.
-    The last batch is what is left, if that is enough for each of the `world` processes to have a pair."""
+    """The pairs of each step: `epochs` passes over n, each each in a new seeded order. The rest is a batch,
+    too, if each of the `world` processes has a pair of it."""
     size, orders = min(args.batch_size, n), []
     total = max(round(epochs * n), world)
     if total % size < world:
@@ -466,7 +457,7 @@ def warmup_then_cosine(step, steps, warmup_ratio):
 
 
 def gather_gradients(run, model, where):
-    """Sum the gradients of all processes and clip them; their norm before. Raises BadInput if not finite."""
+    """Sum the gradients of all processes and clip them; their norm before. BadInput if it is not finite."""
     for parameter in model.parameters():
         if parameter.grad is None:  # the processes must agree on what they sum
             parameter.grad = torch.zeros_like(parameter)
@@ -483,8 +474,8 @@ def data_responses(run, lm, rows, keys):
 
 
 def own_responses(run, lm, rows):
-    """One response of the policy to each prompt, ŷ ~ π_θ(·|x): Eq. 18. Facts: how long it is in tokens,
-    whether the length limit clipped it, and the demo's truth."""
+    """One response of the policy to each prompt, ŷ ~ π_θ(·|x): Eq. 18. Facts: its length in tokens, whether
+    the limit clipped it, and the demo's truth."""
     sampled = sample(run, lm, [row["prompt"] for row in rows])
     facts = {
         "completions/mean_length": [len(tokens) for tokens in sampled],
@@ -492,8 +483,8 @@ def own_responses(run, lm, rows):
     }
     if run.args.dataset == "demo":
         asked = [row["instruction"] for row in rows]
-        end, texts = run.tokenizer.eos_token, run.tokenizer.batch_decode(sampled)
-        reviews = [text.removesuffix(end).rstrip() for text in texts]
+        end = run.tokenizer.eos_token
+        reviews = [text.removesuffix(end).rstrip() for text in run.tokenizer.batch_decode(sampled)]
         facts["true_reward"] = list(map(true_reward, asked, reviews))
         facts["well_formed"] = list(map(well_formed, asked, reviews))
     return [[Response(row["prompt"], tokens)] for row, tokens in zip(rows, sampled)], facts
@@ -501,19 +492,15 @@ def own_responses(run, lm, rows):
 
 @torch.no_grad()
 def sample(run, lm, prompts):
-    """One response to each prompt, as token ids, drawn from the model's own distribution by torch's global
-    generator. A response keeps its end token; one that the length limit cut has none."""
+    """One response to each prompt, as token ids, drawn from the model's own distribution."""
     args, responses = run.args, []
-    config = transformers.GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=run.stop_ids,
-        pad_token_id=run.pad_id, max_new_tokens=args.max_length - args.max_prompt_length,
-    )  # fmt: skip
+    config = transformers.GenerationConfig(do_sample=True, top_k=0, pad_token_id=run.pad_id)
+    config.eos_token_id = run.stop_ids
+    config.max_new_tokens = args.max_length - args.max_prompt_length
     for start in range(0, len(prompts), args.sampling_batch_size):
         group = prompts[start : start + args.sampling_batch_size]
-        input_ids = pad(group, value=run.pad_id, side="left")
-        mask = pad([[1] * len(prompt) for prompt in group], value=0, side="left")
-        output = lm.generate(input_ids, mask, config)[:, input_ids.shape[1] :].tolist()
-        responses += [until_stop(tokens, run.stop_ids) for tokens in output]
+        output = lm.generate(group, config)[:, max(map(len, group)) :]
+        responses += [until_stop(tokens, run.stop_ids) for tokens in output.tolist()]
     return responses
 
 
@@ -526,9 +513,8 @@ def until_stop(tokens, stop_ids):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 6  A language model taken apart. Logits over the vocabulary are what costs memory (50,257 numbers a state
-#    for GPT-2 against 768 of hidden state), so they are never made for a whole batch: the body runs first,
-#    the hidden states of the response states alone are kept, and output head and loss go over them in chunks.
+# 6  A language model taken apart. Logits cost memory (50,257 numbers a state for GPT-2 against 768 of hidden
+#    state), so the body runs for a whole batch, and output head and loss go over its states in chunks.
 
 CHUNK_SIZE = 512  # states that output head and loss take at once
 
@@ -546,8 +532,8 @@ class Batch:
     """B responses behind their prompts, padded on the right to length T, and their N = Σ|y| response states.
 
     The logits at position i predict token i + 1, so a response's |y| states start at the last prompt
-    position. They are listed from lengths, never by comparing ids with the pad id, which may be the end token
-    too. There is no attention mask: in a causal model no response state sees the padding on its right.
+    position. They are listed from lengths, for the pad id may be the end token too. There is no attention
+    mask: in a causal model no response state sees the padding on its right.
     """
 
     input_ids: Tensor  # (B, T)
@@ -557,16 +543,15 @@ class Batch:
     weights: Tensor  # (N,) 1/|y| of that response
 
 
-def pad(rows, value: int, side: str) -> Tensor:
+def pad(rows, value, side):
     """Lists of ids → (B, T), with `value` before ("left") or behind ("right") the shorter ones."""
     rows = [torch.tensor(row) for row in rows]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
 
 
-def collate(examples, pad_id: int, device="cpu") -> Batch:
+def collate(examples, pad_id, device="cpu"):
     """[[Response, ...], ...] → Batch: the first response of every example, then the second ones."""
     responses = [response for part in zip(*examples, strict=True) for response in part]
-    # from the last token of the prompt to the last but one of the response: what they predict is the response
     masks = [[0] * (len(x.prompt) - 1) + [1] * len(x.tokens) for x in responses]
     mask = pad(masks, value=0, side="right").to(device)
     input_ids = pad([x.prompt + x.tokens for x in responses], value=pad_id, side="right").to(device)
@@ -577,9 +562,9 @@ def collate(examples, pad_id: int, device="cpu") -> Batch:
 
 
 def micro_batches(run, examples):
-    """Yield (indices of examples, Batch) until every example has had its turn, the longest first. A batch is
+    """Yield (indices of examples, Batch), the longest first, until every example has had its turn. A batch is
     padded to at most `tokens_per_micro_batch` tokens; an example is never split."""
-    widths = [max(len(x.prompt) + len(x.tokens) for x in example) for example in examples]
+    widths = [max(len(x.prompt + x.tokens) for x in example) for example in examples]
     order = sorted(range(len(examples)), key=widths.__getitem__, reverse=True)
     while order:
         tokens_each = len(examples[order[0]]) * widths[order[0]]  # padded to the longest
@@ -590,11 +575,8 @@ def micro_batches(run, examples):
 
 class LM:
     """A Hugging Face causal LM as two maps: `hidden` (tokens → states) and `logits` (states → logits).
-
     The output head is copied to `head_device`, and hidden states are sent there chunk by chunk: a teacher on
-    a device of its own moves hidden-size numbers a state, not vocabulary-size ones. `precision` is that of
-    the matrix products; weights and logits stay float32.
-    """
+    a device of its own moves no logits. `precision` is that of products; weights and logits are float32."""
 
     def __init__(self, model, precision="float32", head_device=None, tokenizer=None):
         self.model, self.precision, self.tokenizer = model.eval(), precision, tokenizer  # no dropout
@@ -614,14 +596,14 @@ class LM:
         torch.set_float32_matmul_precision("high" if self.precision == "tf32" else "highest")
         return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
-    def hidden(self, batch: Batch) -> Tensor:
+    def hidden(self, batch):
         """The last hidden states of the response states: (N, hidden size)."""
-        input_ids, states = batch.input_ids.to(self.model.device), batch.states.to(self.model.device)
+        device = self.model.device
         with self.autocast():
-            output = self.model.base_model(input_ids=input_ids, use_cache=False)
-        return output.last_hidden_state.flatten(0, 1).index_select(0, states)
+            output = self.model.base_model(input_ids=batch.input_ids.to(device), use_cache=False)
+        return output.last_hidden_state.flatten(0, 1).index_select(0, batch.states.to(device))
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden):
         """(n, hidden size) → (n, V) in float32, scaled and capped as the model itself does."""
         with self.autocast():
             logits = self.head(hidden.to(self.head.weight.device)).float()
@@ -631,19 +613,18 @@ class LM:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits
 
-    def generate(self, input_ids: Tensor, attention_mask: Tensor, config):
-        """model.generate() by `config` alone. Prompts (B, T) are padded on the left (mask 0)."""
-        input_ids, mask = input_ids.to(self.model.device), attention_mask.to(self.model.device)
+    def generate(self, prompts, config):
+        """model.generate() by `config` alone, from lists of ids, which are padded on the left."""
+        input_ids = pad(prompts, config.pad_token_id, "left").to(self.model.device)
+        mask = pad([[1] * len(prompt) for prompt in prompts], 0, "left").to(self.model.device)
         with self.autocast():
             return self.model.generate(input_ids, attention_mask=mask, generation_config=config)
 
 
-def backward_in_chunks(lm: LM, hidden: Tensor, chunk_loss, scale: float):
-    """The sums of chunk_loss(logits, part) over all chunks; leaves scale·∇(sum of "loss") in .grad.
-
-    A chunk's gradient is taken at once, down to its hidden states (N, hidden size), so that its logits alone
-    are alive; a backward pass through the body follows. Exact, for the loss is a sum over states.
-    """
+def backward_in_chunks(lm, hidden, chunk_loss, scale):
+    """The sums of chunk_loss(logits, part) over all chunks; leaves scale·∇(sum of "loss") in .grad. A chunk's
+    gradient is taken at once, down to its hidden states (N, hidden size), so that its logits alone are alive;
+    a backward pass through the body follows. Exact, for the loss is a sum over states."""
     sums, hidden_grad = Counter(), torch.empty_like(hidden)
     for start in range(0, len(hidden), CHUNK_SIZE):
         part = slice(start, start + CHUNK_SIZE)
@@ -657,7 +638,7 @@ def backward_in_chunks(lm: LM, hidden: Tensor, chunk_loss, scale: float):
 
 
 @torch.no_grad()
-def response_logps(lm: LM, batch: Batch, hidden: Tensor) -> Tensor:
+def response_logps(lm, batch, hidden):
     """log π(y|x) of every response, (B,), from hidden = lm.hidden(batch). No gradient."""
     logps = batch.weights.new_zeros(len(batch.input_ids))
     for start in range(0, len(hidden), CHUNK_SIZE):
@@ -668,22 +649,19 @@ def response_logps(lm: LM, batch: Batch, hidden: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------------------
 # 7  Data: one path from a record to token ids. What a record says is trained, all of it, or it is refused.
-#    What stands around its words is the chat template's alone.
 
-FILE_KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 # A column of one of these names is a part of the question: it may not stay unread.
 UNREAD_COLUMNS = """question instruction instructions query problem input inputs post user human context
     contexts passage article document documents history chat_history system system_prompt system_message tools
     functions image images audio video videos""".split()
-# A row of the data, which the rest of the file trains on: its record's place in the source, the messages
-# before the answer as people read them, the token ids of all that stands before the answer and of both
-# responses, whether a length limit cut one, why the pair is left out ("" if not), and a checksum.
+# A row of the data: its record's place in the source, the messages before the answer as people read them, the
+# ids of prompt and responses, whether a length limit cut one, why it is left out ("" if not), a checksum.
 KINDS = {"record": "int64", "instruction": "string", "left_out": "string", "crc": "int64", "cut": "bool"}
 FEATURES = datasets.Features(
     {name: datasets.Value(kind) for name, kind in KINDS.items()}
     | dict.fromkeys(["prompt", "chosen", "rejected"], datasets.List(datasets.Value("int32")))
 )
-# How a text begins that is a list of messages, or a transcript.
+# How a list of messages, or a transcript, begins as a text.
 CONVERSATION = re.compile(r"""\s*(\[\s*\{.*['"](role|from)['"]\s*:|Human:.*\n\nAssistant:)""", re.DOTALL)
 # For a model without a template. FIRST is what its tokenizer itself puts before a text.
 PLAIN_TEMPLATE = """{{ FIRST }}{% for message in messages %}{{ message.content }}
@@ -691,61 +669,56 @@ PLAIN_TEMPLATE = """{{ FIRST }}{% for message in messages %}{{ message.content }
 
 
 def load_pairs(run):
-    """(training pairs, held-out pairs), data sets of the rows of FEATURES. Without a test split, a tenth of
-    the prompts is held out. Raises BadInput if there is nothing to use."""
+    """(training pairs, held-out pairs). Without a test split a tenth of the prompts is held out."""
     args = run.args
     splits = read_splits(args.dataset, args.seed)
     train_split = "train_prefs" if "train_prefs" in splits else "train"
     test_split = train_split.replace("train", "test")
     if train_split not in splits:
-        raise BadInput(f"--dataset {args.dataset} has no split train or train_prefs ({', '.join(splits)})")
+        raise BadInput(f"--dataset has no split train or train_prefs, but {list(splits)}")
     train_pairs = read_pairs(run, splits[train_split], args.limit)
     if test_split in splits:
         test_pairs = read_pairs(run, splits[test_split], args.eval_pairs)
     else:
         order = np.array([seed_of(args.seed, instruction) for instruction in train_pairs["instruction"]])
-        prompts = np.unique(order)
-        held_out = order <= prompts[(len(prompts) - 1) // 10]
+        held_out = order <= np.quantile(np.unique(order), 0.1, method="lower")
         test_pairs = train_pairs.select(np.flatnonzero(held_out)[: args.eval_pairs])
         train_pairs = train_pairs.select(np.flatnonzero(~held_out))
     run.say(f"{args.dataset}: {len(train_pairs):,} pairs to train on, {len(test_pairs):,} held out")
     if len(train_pairs) == 0:
-        raise BadInput(f"--dataset {args.dataset}: too few pairs; add some with another prompt")
+        raise BadInput("--dataset: too few pairs; add some with another prompt")
     return train_pairs, test_pairs
 
 
 def read_splits(name, seed):
-    """The splits by name of a local file or folder, a hub data set or the demo."""
     if name == "demo":
         return {"train": demo_records(6144, seed), "test": demo_records(1024, seed + 10**6)}
     config = None
     if not os.path.exists(name):  # an existing path may hold a colon of its own
         name, _, config = name.partition(":")
-    path = Path(name)
-    kind = FILE_KINDS.get(path.suffix.lower())
-    with or_refuse(f"--dataset {name} cannot be read"):
+    path, kinds = Path(name), {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+    kind = kinds.get(path.suffix.lower())
+    with or_refuse("--dataset cannot be read"):
         if kind:
             return datasets.load_dataset(kind, data_files=glob.escape(name))
         if path.is_dir() and glob.escape(name) != name:
             raise ValueError("the folder's name would be taken for a pattern: rename it")
-        if any([*path.glob("state.json"), *path.glob("dataset_dict.json")]):
+        if any(path.glob("**/state.json")):
             raise ValueError("it was written by save_to_disk: write it with to_parquet or to_json")
         if path.is_file() or any(path.glob("**/*.csv*")):
-            how = "with pandas: read_csv(...).to_json('pairs.jsonl', orient='records', lines=True)"
-            raise ValueError(f"a file must be a {', '.join(FILE_KINDS)}; make one {how}")
+            how = "with pandas, read_csv(...).to_json('pairs.jsonl', orient='records', lines=True)"
+            raise ValueError("a file must be a .jsonl, .json or .parquet; make one " + how)
         return datasets.load_dataset(name, config or None)
 
 
 def read_pairs(run, records, limit):
-    """The first `limit` records as rows of FEATURES, without those left out; it prints how many, and why.
-    The library keeps the rows: the same records, tokenizer, lengths and code are not read again. Raises
-    BadInput with the record's number for one of no known form, and if no pair can be used."""
+    """The first `limit` records as rows of FEATURES, without those left out; it prints how many, and why. The
+    library keeps the rows: the same records, tokenizer, lengths and code are not read again."""
     args, tokenizer = run.args, run.tokenizer
     records = records.select(range(len(records))[:limit])
-    made_from = [
-        records._fingerprint, Path(__file__).read_text(encoding="utf-8"), args.max_length, run.stop_ids,
-        args.max_prompt_length, tokenizer.chat_template, tokenizer.backend_tokenizer.to_str(),
-    ]  # fmt: skip
+    lengths, code = [args.max_length, args.max_prompt_length], Path(__file__).read_text(encoding="utf-8")
+    backend = tokenizer.backend_tokenizer.to_str()
+    made_from = [records._fingerprint, code, lengths, run.stop_ids, tokenizer.chat_template, backend]
     if run.local_rank > 0:  # the first process of a node reads, the others then find what it kept
         run.barrier()
     try:
@@ -756,13 +729,13 @@ def read_pairs(run, records, limit):
             num_proc=min(os.cpu_count(), len(records) // 1000) or None,
         )  # fmt: skip
     except ValueError as error:
-        raise BadInput(f"--dataset {args.dataset}: {one_line(error)}") from error
+        raise BadInput(f"--dataset {args.dataset}: {error}") from error
     finally:
         if run.local_rank == 0:
             run.barrier()
     left_out = rows["left_out"][:]
-    reasons = dict(Counter(filter(None, left_out)))
-    told = f"{args.dataset}: of {len(rows):,} pairs {sum(rows['cut'])} are cut; left out {reasons or 'none'}"
+    reasons = dict(Counter(filter(None, left_out))) or "none"
+    told = f"{args.dataset}: of {len(rows):,} pairs {sum(rows['cut'])} are cut; left out {reasons}"
     run.say(told)
     if all(left_out):
         raise BadInput(f"no pair can be used: {told}")
@@ -770,25 +743,25 @@ def read_pairs(run, records, limit):
 
 
 def encode_batch(columns, numbers, chat, args):
-    """Records, a list a column, and their numbers → rows of FEATURES, a list a column. Raises ValueError with
-    the number of a record of no known form."""
+    """Records, a list a column, and their numbers → rows of FEATURES, a list a column."""
     rows, texts = [], []
     for number, *values in zip(numbers, *columns.values()):
         try:
             before, *answers = split_record(dict(zip(columns, values)))
         except ValueError as error:
             raise ValueError(f"record {number}, counted from 0: {error}") from error
-        try:
-            left_out = ""
-            texts.append(chat.texts_of(before, answers))
-        except ValueError as error:
-            left_out = str(error)
-            texts.append(["", "", ""])
         instruction = "\n\n".join(message["content"] for message in before)
-        rows.append({"record": number, "left_out": left_out, "instruction": instruction})
+        row = {"record": number, "left_out": "", "instruction": instruction}
+        try:
+            texts.append(chat.texts_of(before, answers))
+        except (ValueError, jinja2.TemplateError) as error:
+            row["left_out"] = str(error)
+            texts.append(["", "", ""])
+        rows.append(row)
     prompts, chosen, rejected = zip(*texts)
     chosen, rejected = chat.response_ids(prompts, chosen), chat.response_ids(prompts, rejected)
-    for row, prompt, chosen, rejected in zip(rows, chat.ids(prompts), chosen, rejected):
+    prompts = chat.encode(prompts).input_ids
+    for row, prompt, chosen, rejected in zip(rows, prompts, chosen, rejected):
         surplus = len(prompt) - args.max_prompt_length
         if surplus > 0:  # its beginning goes, but for the tokens that begin every text
             begin = [i for i in prompt[:2] if i in chat.first_ids]
@@ -796,23 +769,22 @@ def encode_batch(columns, numbers, chat, args):
         room = args.max_length - len(prompt)
         row |= {"prompt": prompt, "chosen": chosen[:room], "rejected": rejected[:room]}
         row["cut"] = surplus > 0 or max(len(chosen), len(rejected)) > room
-        if row["chosen"] == row["rejected"]:
-            row["left_out"] = row["left_out"] or "the two responses are the same"
+        if row["chosen"] == row["rejected"] and not row["left_out"]:
+            row["left_out"] = "the two responses are the same"
         row["crc"] = seed_of(row)
-    return {name: [row[name] for row in rows] for name in FEATURES}
+    return pd.DataFrame(rows).to_dict("list")
 
 
 def split_record(record):
     """A record → (messages before the answer, chosen answer, rejected answer). Raises ValueError.
-    Answers are texts, and `prompt` is one, or a list of messages. Or they are lists of messages that end with
-    the answer; what stands before it is the same in both, with `prompt` in it, or it is `prompt` alone."""
-    prompt = read_messages(record, "prompt", role="user")
-    chosen = read_messages(record, "chosen", role="assistant")
-    rejected = read_messages(record, "rejected", role="assistant")
+    Answers are texts, and `prompt` is one, or messages; or they are messages that end with the answer, and
+    those before it are the same in both, with `prompt` in them, or are `prompt`."""
+    prompt = read_messages(record, "prompt", "user")
+    chosen = read_messages(record, "chosen", "assistant")
+    rejected = read_messages(record, "rejected", "assistant")
     ends = [message["role"] for message in chosen[-1:] + rejected[-1:]]
     if ends != ["assistant", "assistant"]:
-        has = ", ".join(record)
-        raise ValueError(f"'chosen' and 'rejected' do not both end with an answer (it has {has})")
+        raise ValueError(f"'chosen' and 'rejected' do not both end with an answer, in {list(record)}")
     *shared, chosen = chosen
     *others, rejected = rejected
     if shared != others:
@@ -821,8 +793,8 @@ def split_record(record):
         raise ValueError("'prompt' is not in the conversation of 'chosen'")
     before = shared or prompt
     if not before or before[-1]["role"] != "user":
-        has = "trl-lib/hh-rlhf-helpful-base has the conversations of Anthropic/hh-rlhf with one"
-        raise ValueError(f"no message of the user stands before the answer: 'prompt' is missing ({has})")
+        has = " (trl-lib/hh-rlhf-helpful-base has the conversations of Anthropic/hh-rlhf with one)"
+        raise ValueError("no message of the user stands before the answer: 'prompt' is missing" + has)
     words = "\n".join(message["content"] for message in before)
     for name, value in record.items():
         if name.lower() in UNREAD_COLUMNS and value and str(value).strip() not in words:
@@ -831,8 +803,7 @@ def split_record(record):
 
 
 def read_messages(record, key, role):
-    """A field's messages, each a role and a text; a text alone is one of the given role. Keys that are null
-    are none, for a table fills them in. Raises ValueError for anything else."""
+    """A field as messages, each a role and a text; a text alone is one of this role. Null keys are none."""
     value, messages = record.get(key), []
     if value is None:
         return messages
@@ -842,34 +813,37 @@ def read_messages(record, key, role):
         items = message.items() if isinstance(message, dict) else []
         kinds = {name: type(x) for name, x in items if x is not None}
         if kinds != {"role": str, "content": str}:
-            has = ", ".join(kinds)
-            raise ValueError(f"a message of '{key}' is not a role and a text alone (it has {has})")
+            raise ValueError(f"a message of '{key}' is not a role and a text alone, but {list(kinds)}")
         messages.append({"role": message["role"], "content": message["content"]})
     return messages
 
 
-class SameDay(datetime.datetime):
+class SameDay:
     """The clock of chat templates, some of which write the date: a run must be the same tomorrow."""
 
-    @classmethod
-    def now(cls, tz=None):
-        return cls(2025, 1, 1)
+    now = partial(datetime.datetime, 2025, 1, 1)
 
 
 transformers.utils.chat_template_utils.datetime = SameDay
 
 
 class ChatTemplate:
-    """A tokenizer's chat template, and what one short conversation tells about it.
+    """A tokenizer's chat template (PLAIN_TEMPLATE if it has none), and what one short conversation tells.
 
     `surplus`: the end of its generation prompt that does not stand before an answer (R1's "<think>").
     `header`: what it writes before an answer, but not as a generation prompt. `tail`: what stands between
-    question and answer. `first_ids`: what begins every text. `stop_ids`: what ends a response, that behind
-    an answer first. Raises ValueError for a template that cannot be used.
+    question and answer. `first_ids`: what begins every text. `stop_ids`: what ends a response.
     """
 
-    def __init__(self, tokenizer, first_ids, named_ids):
-        self.tokenizer, self.header, self.first_ids = tokenizer, "", [*first_ids, tokenizer.bos_token_id]
+    def __init__(self, tokenizer, named_ids):
+        self.encode = partial(tokenizer, add_special_tokens=False, verbose=False)
+        self.render = partial(tokenizer.apply_chat_template, tokenize=False)
+        alone, whole = self.encode("a").input_ids, tokenizer("a").input_ids
+        first_ids = whole[: whole.index(alone[0])]
+        if not tokenizer.chat_template:
+            first = "".join(tokenizer.convert_ids_to_tokens(first_ids))
+            tokenizer.chat_template = PLAIN_TEMPLATE.replace("FIRST", json.dumps(first))
+        self.first_ids = [*first_ids, tokenizer.bos_token_id]
         question, answer = {"role": "user", "content": "giraffe"}, {"role": "assistant", "content": "zebra"}
         prompt = self.render([question], add_generation_prompt=True)
         head, _, end = self.render([question, answer]).rpartition("zebra")
@@ -877,36 +851,27 @@ class ChatTemplate:
         shared = re.sub(r"<[^<>]*$", "", shared)  # two tags that differ may begin alike
         if "giraffe" not in shared:
             raise ValueError("it does not write a message's text as it is")
-        self.surplus = prompt[len(shared) :]
+        self.surplus, self.header = prompt[len(shared) :], ""
         if prompt == self.render([question]):  # a template that knows no generation prompt
             self.header = head[len(shared) :].rstrip(" ")
         self.tail = shared.rpartition("giraffe")[2].strip()
         known = {tokenizer.eos_token_id, *tokenizer.added_tokens_decoder}  # another one may be a plain word
-        ends = [i for i in self.ids([end])[0] if i in known and tokenizer.decode(i).strip()]
+        ends = [i for i in self.encode(end).input_ids if i in known and tokenizer.decode(i).strip()]
         if not ends:
             raise ValueError("it writes no end token after an answer")
-        stops = [ends[0], tokenizer.eos_token_id, *[i for i in named_ids if i in known]]
+        stops = [ends[0], tokenizer.eos_token_id, *known.intersection(named_ids)]
         self.stop_ids = list(dict.fromkeys(stops))
         self.stop = re.compile("|".join(re.escape(tokenizer.decode(i)) for i in self.stop_ids))
 
-    def render(self, messages, **options):
-        """Messages as the template writes them. Raises ValueError with the template's complaint."""
-        try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
-        except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template says: {one_line(error)}") from error
-
     def texts_of(self, before, answers):
         """[prompt, response, response] as texts: a response is the whole conversation minus the prompt, up to
-        the first token that ends it. Raises ValueError if that is not all that the record says."""
+        its first stop token. Raises ValueError if that is not all that the record says."""
         prompt = self.render(before, add_generation_prompt=True).removesuffix(self.surplus) + self.header
         question, texts = before[-1]["content"], [prompt]
         if not all(text.strip() for text in (question, *answers)):
             raise ValueError("the question or an answer is empty")
         if all(answer.startswith(question) for answer in answers):
             raise ValueError("both answers repeat the question")
-        if any(CONVERSATION.match(text) for text in (question, *answers)):
-            raise ValueError("a text is a conversation: make it a list of messages")
         for answer in answers:
             messages = [*before, {"role": "assistant", "content": answer}]
             whole = self.render(messages)
@@ -917,6 +882,8 @@ class ChatTemplate:
             place = 0
             for message in messages:  # every text is there, in its order
                 text = message["content"].strip()
+                if CONVERSATION.match(text):
+                    raise ValueError("a text is a conversation: make it a list of messages")
                 if self.stop.search(text) or (self.tail and self.tail in text):
                     raise ValueError("a message holds what the chat template or a stop token writes")
                 place = whole.find(text, place, end.end())
@@ -925,26 +892,20 @@ class ChatTemplate:
                 place += len(text)
         return texts
 
-    def ids(self, texts):
-        """Texts → token ids, with nothing put before or after them."""
-        return self.tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
-
     def response_ids(self, prompts, responses):
-        """The ids of responses as they follow their prompts, whose ends are enough to tell: tokenizers like
-        SentencePiece's put a space before a text that stands alone."""
-        starts = self.ids(prompt[-16:] for prompt in prompts)
-        wholes = self.ids(prompt[-16:] + response for prompt, response in zip(prompts, responses))
-        found = []
+        """The ids of responses behind the ends of their prompts (alone, a text may get a space before it)."""
+        starts = [prompt[-16:] for prompt in prompts]
+        wholes = [start + response for start, response in zip(starts, responses)]
+        starts, wholes, found = self.encode(starts).input_ids, self.encode(wholes).input_ids, []
         for start, whole, response in zip(starts, wholes, responses):
             for other in ("\n", ":", "a", ""):
                 if whole[: len(start)] != start:  # a token crosses the boundary: read it behind another text
-                    start, whole = self.ids([other, other + response])
+                    start, whole = self.encode([other, other + response]).input_ids
             found.append(whole[len(start) :])
         return found
 
 # ------------------------------------------------------------------------------------------------------------
-# 8  The demo world: reviews in plain English, "the bed was superb but the staff was not good .", whose true
-#    reward is known.
+# 8  The demo world: reviews like "the bed was superb but the staff was not good .", with a known true reward.
 
 THINGS = {
     "hotel": "room bed staff breakfast", "cafe": "coffee cake staff music", "film": "plot cast music ending",
@@ -1006,41 +967,37 @@ def demo_records(n, seed):
 
 
 def demo_tokenizer():
-    """One token per word of the demo world."""
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *DEMO_WORDS])}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
     )
 
 
 def demo_model(seed):
-    """A two-layer Llama with random weights, 0.09M parameters."""
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(
         vocab_size=len(DEMO_WORDS) + 3, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=1,
+        num_attention_heads=4, max_position_embeddings=64, pad_token_id=0, eos_token_id=1,
     )  # fmt: skip
     return transformers.LlamaForCausalLM(config)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 9  Evaluation, on one process and always in float32: tables of log π(y), a row a response, a column a model.
-#    Reward, KL from π_ref, entropy and accuracy are their differences.
+# 9  Evaluation, on one process and in float32: differences of tables of log π(y), a column a model.
 
 
 def evaluate(run, folders, test_pairs, precision):
     """Compare π_ref, π_dpo, π_dpo⁻ (if there is one) and the policy; write and print what is found.
 
-    `models`: means over each model's own responses to held-out prompts, and half of a 95 % interval (`_pm`).
-    The teacher's reward of a response; `kl_ref`, log π(y) − log π_ref(y), in nats a response; `entropy`,
-    −log π(y)/|y|, in nats a token; length in tokens, and the share that the limit clipped; the demo's truth
-    or the judge's score, and the win rate against π_ref by it. `reward_accuracy`: in what share of held-out
-    pairs log π_dpo/π_ref (dpo), log π_ref/π_dpo⁻ (reverse), their sum (contrastive) prefer the chosen one.
+    `models`: means over own responses to held-out prompts, and half of a 95 % interval (`_pm`). The teacher's
+    reward; `kl_ref`, log π(y) − log π_ref(y), in nats a response; `entropy`, −log π(y)/|y|, in nats a token;
+    length in tokens, and the share that the limit clipped; the demo's truth or the judge's score, and the win
+    rate against π_ref by it. `reward_accuracy`: in what share of held-out pairs log π_dpo/π_ref (dpo),
+    log π_ref/π_dpo⁻ (reverse), their sum (contrastive) prefer the chosen one.
     """
-    args, path = run.args, run.out / "results.json"
+    args, path, tables = run.args, run.out / "results.json", []
     if path.exists():
         run.say(f"evaluation: finished before; to repeat it, delete {path}")
         return json.loads(path.read_text(encoding="utf-8"))
@@ -1049,65 +1006,56 @@ def evaluate(run, folders, test_pairs, precision):
     if args.dataset != "demo":  # which has few prompts; of others each is asked once
         rows = list({row["instruction"]: row for row in rows}.values())
     rows = rows[: args.eval_prompts]
-    samples = pd.concat([own_samples(run, lms, name, rows) for name in lms], ignore_index=True)
+    for name, lm in lms.items():
+        torch.manual_seed(seed_of(args.seed, "evaluation"))  # the same random numbers for every model
+        examples, facts = own_responses(run, lm, rows)
+        responses = [response for (response,) in examples]
+        table = pd.DataFrame(rows, columns=["instruction"])
+        table["generator"] = name
+        table["token_ids"] = [response.tokens for response in responses]
+        table["output"] = run.tokenizer.batch_decode(list(table.token_ids), skip_special_tokens=True)
+        table["length"] = facts.pop("completions/mean_length")
+        table["clipped"] = facts.pop("completions/clipped_ratio")
+        logps = logps_table(run, lms, responses)
+        table["kl_ref"] = logps[name] - logps.reference
+        table["entropy"] = -logps[name] / table.length
+        table["reward"] = implicit_reward(logps.dpo, logps.get("reverse_dpo", logps.reference), args.beta)
+        tables.append(table.assign(**facts))
+    samples = pd.concat(tables, ignore_index=True)
     score = "score" if args.judge else "true_reward"
     if args.judge:
-        samples[score] = judge_scores(run, samples["instruction"], samples["output"])
+        samples[score] = judge_scores(run, samples.instruction, samples.output)
     if score in samples:
         gap = samples[score] - np.tile(samples[score][: len(rows)], len(lms))  # the reference's come first
         samples["win_rate"] = (np.sign(gap) + 1) / 2
     groups = samples.groupby("generator", sort=False)
-    half_intervals = 1.96 * groups.sem(numeric_only=True)
-    models = groups.mean(numeric_only=True).join(half_intervals.add_suffix("_pm"))
-    models["distinct"] = groups["output"].nunique() / len(rows)
-
+    models = groups.mean(numeric_only=True).join(1.96 * groups.sem(numeric_only=True).add_suffix("_pm"))
     pairs, _ = data_responses(run, None, test_pairs, ["chosen", "rejected"])
     chosen, rejected = zip(*pairs)
     margins = logps_table(run, lms, chosen) - logps_table(run, lms, rejected)
-    right = pd.DataFrame({"dpo": margins["dpo"] > margins["reference"]})
+    right = pd.DataFrame({"dpo": margins.dpo > margins.reference})
     if "reverse_dpo" in lms:
-        right["reverse"] = margins["reference"] > margins["reverse_dpo"]
-        right["contrastive"] = margins["dpo"] > margins["reverse_dpo"]
+        right["reverse"] = margins.reference > margins.reverse_dpo
+        right["contrastive"] = margins.dpo > margins.reverse_dpo
     half = 1.96 * right.sem()
     accuracy = pd.DataFrame({"accuracy": right.mean(), "accuracy_pm": half, "pairs": len(right)})
     write_json(run.out / "samples.json", samples.to_dict("records"))
-    results = {"models": models, "reward_accuracy": accuracy}
-    for name, table in results.items():
-        results[name] = table.dropna(axis=1).to_dict("index")  # a single response gives no interval
-    results |= precision
+    tables = {"models": models, "reward_accuracy": accuracy}  # a single response gives no interval
+    results = {name: table.dropna(axis=1).to_dict("index") for name, table in tables.items()} | precision
     write_json(path, results)  # last: it says that the rest is there
-    run.say(f"\nhow often a reward prefers the chosen response of a held-out pair:\n{accuracy.round(3)}\n")
     columns = [score, f"{score}_pm", "well_formed", "win_rate", "win_rate_pm", "kl_ref", "length"]
+    run.say(f"\nhow often a reward prefers the chosen response of a held-out pair:\n{accuracy.round(3)}\n")
     run.say(f"own responses to held-out prompts:\n{models.filter(columns).round(2).to_string()}\n")
     run.say(f"models, metrics, samples and results are in {run.out}")
     return results
-
-
-def own_samples(run, lms, name, rows):
-    """One response of lms[name] to each row's prompt, as a table in AlpacaEval's form with more columns."""
-    torch.manual_seed(seed_of(run.args.seed, "evaluation"))  # the same random numbers for every model
-    examples, facts = own_responses(run, lms[name], rows)
-    responses = [response for (response,) in examples]
-    tokens = [response.tokens for response in responses]
-    length = facts.pop("completions/mean_length")
-    logps = logps_table(run, lms, responses)
-    base_logps = logps.get("reverse_dpo", logps["reference"])
-    table = {
-        "instruction": [row["instruction"] for row in rows], "generator": name, "token_ids": tokens,
-        "output": run.tokenizer.batch_decode(tokens, skip_special_tokens=True),
-        "length": length, "clipped": facts.pop("completions/clipped_ratio"),
-        "kl_ref": logps[name] - logps["reference"], "entropy": -logps[name] / length,
-        "reward": implicit_reward(logps["dpo"], base_logps, run.args.beta),
-    }  # fmt: skip
-    return pd.DataFrame(table | facts)
 
 
 @torch.no_grad()
 def logps_table(run, lms, responses):
     """log π(y|x): a row a response, a column a model."""
     table = pd.DataFrame(0.0, index=range(len(responses)), columns=list(lms))
-    batches = list(micro_batches(run, [[response] for response in responses]))
-    for group, batch in tqdm(batches, "scoring", leave=False):
+    examples = [[response] for response in responses]
+    for group, batch in tqdm(micro_batches(run, examples), "scoring", leave=False):
         for name, lm in lms.items():
             table.loc[group, name] = response_logps(lm, batch, lm.hidden(batch)).tolist()
     return table
@@ -1115,19 +1063,18 @@ def logps_table(run, lms, responses):
 
 @torch.no_grad()
 def judge_scores(run, questions, answers):
-    """The judge's score of every answer, by its own chat template; a prompt of several turns is given to it
-    as one message. Raises BadInput unless it is a reward model: one output, and a chat template."""
+    """The judge's score of every answer, by its own chat template; several turns are one message to it."""
     model, tokenizer = load_pretrained(transformers.AutoModelForSequenceClassification, run.args.judge)
     if model.config.num_labels != 1 or not tokenizer.chat_template:
-        raise BadInput(f"--judge {run.args.judge} is no reward model with one output and a chat template")
+        raise BadInput("--judge is no reward model with one output and a chat template")
     model.to(run.device).eval()
     tokenizer.truncation_side = "left"  # a text that is too long keeps the answer
-    longest = min(positions_of(model.config), tokenizer.model_max_length)
-    options = {"truncation": True, "max_length": longest, "return_tensors": "pt", "return_dict": True}
-    scores = []
+    longest, scores = min(positions_of(model.config), tokenizer.model_max_length), []
     for question, answer in zip(tqdm(questions, "judging", leave=False), answers):
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        inputs = tokenizer.apply_chat_template(messages, **options)
+        inputs = tokenizer.apply_chat_template(
+            messages, truncation=True, max_length=longest, return_tensors="pt"
+        )
         scores.append(model(**inputs.to(run.device)).logits.item())
     return scores
 
@@ -1172,27 +1119,38 @@ def or_refuse(what):
     except (BadInput, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise BadInput(f"{what} ({one_line(error)})") from error
-
-
-def one_line(error):
-    """The beginning of an error's message as one line, or its kind if it has none."""
-    if isinstance(error, datasets.exceptions.DatasetGenerationError):  # its cause has the message
-        error = error.__cause__ or error
-    return " ".join(str(error).split())[:400] or type(error).__name__
+        text = f"{error} {error.__cause__ or ''}"  # what is wrong with a file stands in the cause alone
+        why = " ".join(text.split())[:400] or type(error).__name__
+        raise BadInput(f"{what} ({why})") from error
 
 
 def set_up(args):
     """Check all that can be checked before training, open the output folder: (run, two sets of pairs)."""
-    check_settings(args)
+    for name, value in vars(args).items():
+        may_be_0 = name in ("alpha", "alpha_r", "warmup_ratio", "seed")
+        if type(value) in (int, float) and not (value > 0 or may_be_0 and value == 0):  # NaN fails, too
+            raise BadInput(f"--{name} {value} is out of range")
+        if isinstance(value, str):
+            setattr(args, name, os.path.expanduser(value))
+    if args.warmup_ratio > 1:
+        raise BadInput("--warmup_ratio is a part of the steps, at most 1")
+    if args.alpha == 0 and args.reward == "vanilla":
+        raise BadInput("--alpha 0 --reward vanilla distils the reference into itself: use contrastive")
+    if args.model == "demo":
+        if args.dataset != "demo":
+            raise BadInput("--model demo knows the words of the demo only: name a model for this --dataset")
+        torch.set_num_threads(1)  # a model so small gains nothing from more, and loses where others compute
+    if args.alpha_r is None:
+        args.alpha_r = 20.0 if args.off_policy else 30.0
     transformers.logging.disable_progress_bar()
     run = Run(args)
-    ask_hub(run.saved_config().get("judge", "") != args.judge)  # a run that goes on finds all in the cache
+    offline = HUB_OFFLINE or run.saved_config().get("judge", "") == args.judge  # all is cached
+    huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = offline
     lm = load_lm(run, args.model, precision="float32")
     check_model(lm, args.model)
     run.read_tokenizer(lm)
     if hasattr(lm.model.config, "vision_config"):
-        run.say(f"{args.model} is trained as a model of text: the files of its processor are not saved")
+        run.say("the model is trained as one of text: the files of its processor are not saved")
     for folder in filter(None, (args.dpo, args.reverse_dpo)):
         teacher = load_lm(run, folder, precision="float32")
         check_model(teacher, folder)
@@ -1208,41 +1166,15 @@ def set_up(args):
     if args.judge:
         judge_scores(run, ["a"], ["b"])
     if min(args.batch_size, len(train_pairs)) < run.world:
-        raise BadInput(f"--batch_size {args.batch_size}: each of {run.world} processes needs a pair a step")
+        raise BadInput("--batch_size, or the data: each process needs a pair a step")
     pairs = seed_of(train_pairs["crc"][:], test_pairs["crc"][:])
     weights = seed_of([weight.flatten()[:99].tolist() for weight in lm.model.parameters()])
     run.open_output({"checksum of the pairs": pairs, "checksum of the model": weights})
-    ask_hub(False)  # what it holds may change while the run trains
+    huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True  # it may change
     return run, train_pairs, test_pairs
 
 
-def check_settings(args):
-    """Raise BadInput for settings that cannot be meant; fill in those that depend on others alone."""
-    for name, value in vars(args).items():
-        may_be_0 = name in ("alpha", "alpha_r", "warmup_ratio", "seed")
-        if type(value) in (int, float) and not (value > 0 or may_be_0 and value == 0):  # NaN fails, too
-            raise BadInput(f"--{name} {value} is out of range")
-        if isinstance(value, str):
-            setattr(args, name, os.path.expanduser(value))
-    if args.warmup_ratio > 1:
-        raise BadInput("--warmup_ratio is a part of the steps, at most 1")
-    if args.alpha == 0 and args.reward == "vanilla":
-        raise BadInput("--alpha 0 --reward vanilla distils the reference into itself: use contrastive")
-    if args.model == "demo" and args.dataset != "demo":
-        raise BadInput("--model demo knows the words of the demo only: name a model for this --dataset")
-    if args.alpha_r is None:
-        args.alpha_r = 20.0 if args.off_policy else 30.0
-    if args.model == "demo":
-        torch.set_num_threads(1)  # a model so small gains nothing from more, and loses where others compute
-
-
 HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE  # as the user's environment says
-
-
-def ask_hub(allowed):
-    """Whether the libraries may ask the hub from now on, or take all from their caches."""
-    offline = HUB_OFFLINE or not allowed
-    huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = offline
 
 
 class Run:
@@ -1264,32 +1196,31 @@ class Run:
                 dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=patience)
 
     def read_tokenizer(self, lm):
-        """Find what begins, stops and pads a text; a model without a chat template gets PLAIN_TEMPLATE, and
-        SFT by default. Raises BadInput if the model cannot be used with its tokenizer."""
+        """Find what begins, stops and pads a text; SFT is on for a model without a chat template."""
         self.tokenizer = tokenizer = lm.tokenizer
-        alone, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
-        first_ids = whole[: whole.index(alone[0])]
         if self.args.sft is None:
             self.args.sft = not tokenizer.chat_template
         if not tokenizer.chat_template:
-            first = "".join(tokenizer.convert_ids_to_tokens(first_ids))
-            tokenizer.chat_template = PLAIN_TEMPLATE.replace("FIRST", json.dumps(first))
-            self.say(f"{self.args.model} has no chat template: it gets a plain one, and is saved with it")
-        with or_refuse(f"model {self.args.model}: its chat template cannot be used"):
-            self.chat = ChatTemplate(tokenizer, first_ids, lm.named_stops)
+            self.say("the model has no chat template: it gets a plain one, and is saved with it")
+        with or_refuse("the model's chat template cannot be used"):
+            self.chat = ChatTemplate(tokenizer, lm.named_stops)
         self.stop_ids = self.chat.stop_ids
-        self.pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.pad_id = tokenizer.eos_token_id  # behind lengths and masks no model sees it
 
     def saved_config(self):
-        """What config.json in the output folder says, if it is a run's; else {}."""
         path = self.out / "config.json"
         config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         return config if "started" in config else {}
 
     def open_output(self, checksums):
-        """Make the output folder, or go on with the run in it; rank 0 does, and holds it to the end. Raises
-        BadInput on every process if rank 0 cannot, or if they do not all see the same folder."""
-        refusal = self.claim_output(vars(self.args) | checksums) if self.rank == 0 else None
+        """Make the output folder, or go on with the run in it. Raises BadInput on every process if rank 0
+        cannot, or if they do not all see the same folder."""
+        refusal = ""
+        try:
+            if self.rank == 0:
+                self.claim_output(vars(self.args) | checksums)
+        except BadInput as error:
+            refusal = str(error)
         self.barrier()
         views = [(refusal, self.saved_config().get("started"))] * self.world
         if self.world > 1:
@@ -1302,27 +1233,26 @@ class Run:
         self.say(f"should the run stop, the same command goes on in {self.out} from its last checkpoint")
 
     def claim_output(self, config):
-        """Lock the output folder and write config.json. Returns why it cannot be this run's, or None."""
+        """Lock the output folder and write config.json. Raises BadInput if it cannot be this run's."""
         lock = self.out / ".lock"
         if not self.saved_config() and not lock.exists() and any(self.out.glob("[!.]*")):
-            return "holds other files; choose another"
-        with or_refuse(f"output folder {self.out} cannot be made"):
+            raise BadInput("holds other files; choose another")
+        with or_refuse("cannot be made"):
             self.out.mkdir(parents=True, exist_ok=True)
             self.lock = open(lock, "w")
         try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            return "is in use by another run"
+            raise BadInput("is in use by another run") from None
         except (OSError, AttributeError):
             pass  # some file systems, and Windows, have no such locks
         for name, value in self.saved_config().items():
-            if name not in FREE_SETTINGS and value != config.get(name):
-                change = f"{name} {value} → {config.get(name)}"
-                return f"is from a run with other settings ({change}); choose another"
+            now = config.get(name)
+            if name not in FREE_SETTINGS and value != now:
+                raise BadInput(f"is from a run with other settings ({name} {value} → {now}); choose another")
         write_json(self.out / "config.json", config | {"started": str(datetime.datetime.now())})
 
     def log(self, stage, step, line):
-        """Add a line to metrics.jsonl."""
         if self.rank == 0:
             refuse = or_refuse("metrics.jsonl cannot be written: make room and run the same command")
             with refuse, open(self.out / "metrics.jsonl", "a") as file:
@@ -1338,7 +1268,6 @@ class Run:
             dist.barrier()
 
     def sum_over_ranks(self, values):
-        """The sum over processes, in place."""
         if self.world > 1:
             dist.all_reduce(values)
         return values
@@ -1352,23 +1281,24 @@ def seed_of(*parts):
 def load_pretrained(auto_class, name):
     """(model in float32, tokenizer). Raises BadInput if its files are not the whole model, and only that.
     AutoTokenizer builds another tokenizer than tokenizer.json's for some kinds of models, but it knows the
-    end token where no file names it, as for GPT-2, and reads other files."""
+    end token where no file names it, and reads other files."""
     with or_refuse(f"model {name} cannot be used from safetensors files"):
         if Path(name, "adapter_config.json").exists():
             raise ValueError("it is an adapter: merge it into its model and save the whole")
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         end = tokenizer.eos_token
-        options = {"_raise_exceptions_for_missing_entries": False}
-        if transformers.utils.cached_file(name, "tokenizer.json", **options):
+        optional = {"_raise_exceptions_for_missing_entries": False}
+        if transformers.utils.cached_file(name, "tokenizer.json", **optional):
             tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(name, eos_token=end)
         if not tokenizer.is_fast or end is None:
             raise ValueError("its tokenizer has no tokenizer.json, or no end-of-sequence token")
         model, info = auto_class.from_pretrained(
             name, dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
-        if info["missing_keys"]:
-            raise ValueError(f"weights are not in its files, {min(info['missing_keys'])} for one")
-        unused = [key for key in info["unexpected_keys"] if key.startswith(f"{model.base_model_prefix}.")]
+        missing, inside = info["missing_keys"], f"{model.base_model_prefix}."
+        if missing:
+            raise ValueError(f"weights are not in its files, {min(missing)} for one")
+        unused = [key for key in info["unexpected_keys"] if key.startswith(inside)]
         if unused:
             raise ValueError(f"weights in its files are not of this model, {min(unused)} for one")
         if max(tokenizer.get_vocab().values()) >= len(model.get_input_embeddings().weight):
@@ -1376,7 +1306,7 @@ def load_pretrained(auto_class, name):
     return model, tokenizer
 
 
-def load_lm(run, name, device=None, precision=None) -> LM:
+def load_lm(run, name, device=None, precision=None):
     """A causal LM, by default on the run's device and in its precision."""
     if name == "demo":
         model, tokenizer = demo_model(run.args.seed), demo_tokenizer()
@@ -1385,7 +1315,7 @@ def load_lm(run, name, device=None, precision=None) -> LM:
     if run.args.gradient_checkpointing:  # the library's own way needs training mode, which drops out
         layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
         if not layers:
-            raise BadInput(f"model {name} has no layers for --gradient_checkpointing")
+            raise BadInput("--gradient_checkpointing: the model has no layers for it")
         for layer in layers:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     return LM(model.to(device or run.device), precision or run.args.precision, run.device, tokenizer)
@@ -1394,21 +1324,19 @@ def load_lm(run, name, device=None, precision=None) -> LM:
 @torch.no_grad()
 def check_model(lm, name):
     """Raise BadInput unless generate(), with its cache and left padding, draws from head(body(tokens))."""
-    prompts = torch.tensor([[0, 0, 0, 3, 4], [5, 6, 7, 8, 9]])
     config = transformers.GenerationConfig(
-        do_sample=False, max_new_tokens=8, pad_token_id=0, output_logits=True, return_dict_in_generate=True
+        max_new_tokens=8, pad_token_id=0, output_logits=True, return_dict_in_generate=True
     )
-    output = lm.generate(prompts, (prompts > 0).long(), config)
+    output = lm.generate([[3, 4], [5, 6, 7, 8, 9]], config)
     batch = collate([[Response([3, 4], output.sequences[0, 5:].tolist())]], pad_id=0)
     ours = lm.logits(lm.hidden(batch)).log_softmax(-1)
     own = torch.stack(output.logits)[:, 0].log_softmax(-1)
-    if not (ours - own.to(ours.device)).abs().max() <= 1e-2:  # not <=, so NaN fails too
+    if not (ours - own.to(ours.device)).abs().max() <= 1e-2:  # not >, so NaN fails too
         raise BadInput(f"model {name}: generate() and head(body(tokens)) differ, or are not finite")
 
 
 def positions_of(config):
-    """How many tokens a model holds. A longrope model reads a text that is longer than it was first trained
-    on, and all that is batched with it, in another way: it holds no more than that here."""
+    """How many tokens a model holds. Past its first length a longrope model reads a batch in another way."""
     config = config.get_text_config()
     positions, rope = [getattr(config, "max_position_embeddings", None) or sys.maxsize], str(config.to_dict())
     if "'longrope'" in rope:
@@ -1416,12 +1344,9 @@ def positions_of(config):
     return min(positions)
 
 
-# Files. All but metrics.jsonl are written aside and renamed: a kill leaves them whole or not at all.
-
-
 @contextlib.contextmanager
 def written_aside(path):
-    """Give another path to write to; then rename what was written there to `path`."""
+    """Give another path to write to; then rename it to `path`: a kill leaves a file whole or not at all."""
     aside = path.with_name(f".{path.name}.partial")
     with or_refuse(f"{path} cannot be written: make room and run the same command"):
         shutil.rmtree(aside, ignore_errors=True)
@@ -1431,16 +1356,13 @@ def written_aside(path):
 
 def write_json(path, content):
     with written_aside(path) as aside:
-        text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
-        aside.write_text(text, encoding="utf-8")
+        aside.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
 
 
 def save_model(run, model, folder):
-    """A Hugging Face checkpoint and its tokenizer; generate() stops where the model was trained to. The
-    start's own temperature, penalties and the like are left out: it was not trained with them."""
+    """A checkpoint and its tokenizer. generate() stops where training did, and samples plainly."""
     if run.rank == 0:
-        stops = transformers.GenerationConfig(eos_token_id=run.stop_ids, pad_token_id=run.pad_id)
-        model.generation_config = stops
+        model.generation_config.update(eos_token_id=run.stop_ids, pad_token_id=run.pad_id)
         with written_aside(folder) as aside:
             model.save_pretrained(aside)
             run.tokenizer.save_pretrained(aside)
@@ -1449,8 +1371,8 @@ def save_model(run, model, folder):
 
 
 def resume(run, stage, model, optimizer):
-    """Put this stage's last checkpoint into model and optimizer; the steps done. Later lines of metrics.jsonl
-    are dropped, for they are written again, and so is one that a kill cut."""
+    """Put this stage's last checkpoint into model and optimizer; the steps done. Later lines of the metrics,
+    and one that a kill cut, go: they are written again."""
     step, path, metrics = 0, run.out / f"checkpoint-{stage}.pt", run.out / "metrics.jsonl"
     if path.exists():
         state = torch.load(path, map_location=run.device, weights_only=True)
@@ -1479,7 +1401,7 @@ def main():
         message = error
     except torch.OutOfMemoryError as error:
         flags = "--tokens_per_micro_batch or --sampling_batch_size, or use --gradient_checkpointing"
-        message = f"{one_line(error)}; lower {flags}: the same command goes on from the last checkpoint"
+        message = f"{error}; lower {flags}: the same command goes on from the last checkpoint"
     print(f"aligndistil.py: error: {message}", file=sys.stderr)
     return 2
 
