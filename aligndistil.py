@@ -53,11 +53,6 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-try:
-    import fcntl
-except ImportError:  # Windows has none
-    fcntl = None
-
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # several processes read, each with one thread
 os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # a model is its main branch, not a request to change it
 
@@ -422,7 +417,7 @@ def train(run, stage, start, pairs, examples_of, loss_of, learning_rate, epochs)
         totals = run.sum_over_ranks(torch.tensor(list(sums.values()), device=run.device))
         means = dict(zip(sums, (totals / n).tolist()))
         run.log(stage, done, means | {"grad_norm": grad_norm, "learning_rate": rate})
-        bar.set_postfix(loss=means["loss"], grad_norm=grad_norm)
+        bar.set_postfix(loss=means["loss"])
         if run.rank == 0 and (done % args.save_steps == 0 or done == len(batches)):
             state = {"model": lm.model.state_dict(), "optimizer": optimizer.state_dict(), "step": done}
             with written_aside(run.out / f"checkpoint-{stage}.pt") as aside:
@@ -435,7 +430,7 @@ def train(run, stage, start, pairs, examples_of, loss_of, learning_rate, epochs)
 
 
 def batches_of(args, n, epochs, world):
-    """The pairs of each step: `epochs` passes over n, each each in a new seeded order. The rest is a batch,
+    """The pairs of each step: `epochs` passes over n, each in a new seeded order. The rest is a batch,
     too, if each of the `world` processes has a pair of it."""
     size, orders = min(args.batch_size, n), []
     total = max(round(epochs * n), world)
@@ -553,12 +548,13 @@ def collate(examples, pad_id, device="cpu"):
     """[[Response, ...], ...] → Batch: the first response of every example, then the second ones."""
     responses = [response for part in zip(*examples, strict=True) for response in part]
     masks = [[0] * (len(x.prompt) - 1) + [1] * len(x.tokens) for x in responses]
-    mask = pad(masks, value=0, side="right").to(device)
-    input_ids = pad([x.prompt + x.tokens for x in responses], value=pad_id, side="right").to(device)
+    mask = pad(masks, value=0, side="right")
+    input_ids = pad([x.prompt + x.tokens for x in responses], value=pad_id, side="right")
     response, position = mask.nonzero(as_tuple=True)
     states = response * input_ids.shape[1] + position
     targets = input_ids[response, position + 1]
-    return Batch(input_ids, states, targets, response, weights=1 / mask.sum(1)[response])
+    tensors = [input_ids, states, targets, response, 1 / mask.sum(1)[response]]
+    return Batch(*[tensor.to(device) for tensor in tensors])
 
 
 def micro_batches(run, examples):
@@ -580,8 +576,7 @@ class LM:
 
     def __init__(self, model, precision="float32", head_device=None, tokenizer=None):
         self.model, self.precision, self.tokenizer = model.eval(), precision, tokenizer  # no dropout
-        named = model.generation_config.eos_token_id
-        self.named_stops = named if isinstance(named, list) else [named]
+        self.named_stops = np.ravel(model.generation_config.eos_token_id).tolist()  # of none, one or several
         model.generation_config = transformers.GenerationConfig()  # generate() adds nothing of its own
         self.head = model.get_output_embeddings()
         if head_device not in (None, self.head.weight.device):
@@ -686,7 +681,7 @@ def load_pairs(run):
         train_pairs = train_pairs.select(np.flatnonzero(~held_out))
     run.say(f"{args.dataset}: {len(train_pairs):,} pairs to train on, {len(test_pairs):,} held out")
     if len(train_pairs) == 0:
-        raise BadInput("--dataset: too few pairs; add some with another prompt")
+        raise BadInput(f"--dataset {args.dataset}: too few pairs; add some with another prompt")
     return train_pairs, test_pairs
 
 
@@ -716,9 +711,10 @@ def read_pairs(run, records, limit):
     library keeps the rows: the same records, tokenizer, lengths and code are not read again."""
     args, tokenizer = run.args, run.tokenizer
     records = records.select(range(len(records))[:limit])
-    lengths, code = [args.max_length, args.max_prompt_length], Path(__file__).read_text(encoding="utf-8")
-    backend = tokenizer.backend_tokenizer.to_str()
-    made_from = [records._fingerprint, code, lengths, run.stop_ids, tokenizer.chat_template, backend]
+    made_from = [
+        records._fingerprint, Path(__file__).read_bytes(), args.max_length, args.max_prompt_length,
+        run.stop_ids, tokenizer.chat_template, tokenizer.backend_tokenizer.to_str(),
+    ]  # fmt: skip
     if run.local_rank > 0:  # the first process of a node reads, the others then find what it kept
         run.barrier()
     try:
@@ -903,6 +899,7 @@ class ChatTemplate:
                     start, whole = self.encode([other, other + response]).input_ids
             found.append(whole[len(start) :])
         return found
+
 
 # ------------------------------------------------------------------------------------------------------------
 # 8  The demo world: reviews like "the bed was superb but the staff was not good .", with a known true reward.
@@ -1134,8 +1131,6 @@ def set_up(args):
             setattr(args, name, os.path.expanduser(value))
     if args.warmup_ratio > 1:
         raise BadInput("--warmup_ratio is a part of the steps, at most 1")
-    if args.alpha == 0 and args.reward == "vanilla":
-        raise BadInput("--alpha 0 --reward vanilla distils the reference into itself: use contrastive")
     if args.model == "demo":
         if args.dataset != "demo":
             raise BadInput("--model demo knows the words of the demo only: name a model for this --dataset")
@@ -1167,9 +1162,7 @@ def set_up(args):
         judge_scores(run, ["a"], ["b"])
     if min(args.batch_size, len(train_pairs)) < run.world:
         raise BadInput("--batch_size, or the data: each process needs a pair a step")
-    pairs = seed_of(train_pairs["crc"][:], test_pairs["crc"][:])
-    weights = seed_of([weight.flatten()[:99].tolist() for weight in lm.model.parameters()])
-    run.open_output({"checksum of the pairs": pairs, "checksum of the model": weights})
+    run.open_output({"checksum of the pairs": seed_of(train_pairs["crc"][:], test_pairs["crc"][:])})
     huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True  # it may change
     return run, train_pairs, test_pairs
 
@@ -1205,7 +1198,7 @@ class Run:
         with or_refuse("the model's chat template cannot be used"):
             self.chat = ChatTemplate(tokenizer, lm.named_stops)
         self.stop_ids = self.chat.stop_ids
-        self.pad_id = tokenizer.eos_token_id  # behind lengths and masks no model sees it
+        self.pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     def saved_config(self):
         path = self.out / "config.json"
@@ -1241,11 +1234,13 @@ class Run:
             self.out.mkdir(parents=True, exist_ok=True)
             self.lock = open(lock, "w")
         try:
+            import fcntl
+
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BadInput("is in use by another run") from None
-        except (OSError, AttributeError):
-            pass  # some file systems, and Windows, have no such locks
+        except (ImportError, OSError):
+            pass  # Windows, and some file systems, have no such locks
         for name, value in self.saved_config().items():
             now = config.get(name)
             if name not in FREE_SETTINGS and value != now:
@@ -1331,7 +1326,7 @@ def check_model(lm, name):
     batch = collate([[Response([3, 4], output.sequences[0, 5:].tolist())]], pad_id=0)
     ours = lm.logits(lm.hidden(batch)).log_softmax(-1)
     own = torch.stack(output.logits)[:, 0].log_softmax(-1)
-    if not (ours - own.to(ours.device)).abs().max() <= 1e-2:  # not >, so NaN fails too
+    if not (ours - own).abs().max() <= 1e-2:  # not >, so NaN fails too
         raise BadInput(f"model {name}: generate() and head(body(tokens)) differ, or are not finite")
 
 
@@ -1382,9 +1377,9 @@ def resume(run, stage, model, optimizer):
         run.say(f"{stage}: going on after step {step}")
     if run.rank == 0 and metrics.exists():
         lines = re.findall(".*\n", metrics.read_text())
-        late = [line for line in lines if line.startswith(f'{{"stage": "{stage}"')][step:]
+        before = sum(f'"stage": "{stage}"' not in line for line in lines)  # of the other stages
         with written_aside(metrics) as aside:
-            aside.write_text("".join(line for line in lines if line not in late))
+            aside.write_text("".join(lines[: before + step]))
     return step
 
 
@@ -1402,7 +1397,7 @@ def main():
     except torch.OutOfMemoryError as error:
         flags = "--tokens_per_micro_batch or --sampling_batch_size, or use --gradient_checkpointing"
         message = f"{error}; lower {flags}: the same command goes on from the last checkpoint"
-    print(f"aligndistil.py: error: {message}", file=sys.stderr)
+    print("aligndistil.py: error:", *str(message).split(), file=sys.stderr)  # one line
     return 2
 
 
