@@ -1397,7 +1397,7 @@ def main():
     except torch.OutOfMemoryError as error:
         flags = "--tokens_per_micro_batch or --sampling_batch_size, or use --gradient_checkpointing"
         message = f"{error}; lower {flags}: the same command goes on from the last checkpoint"
-    print("aligndistil.py: error:", *str(message).split(), file=sys.stderr)  # one line
+    print("aligndistil.py: error:", " ".join(str(message).split()), file=sys.stderr)  # one line
     return 2
 
 
