@@ -693,7 +693,7 @@ def read_splits(name, seed):
         name, _, config = name.partition(":")
     path, kinds = Path(name), {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
     kind = kinds.get(path.suffix.lower())
-    with or_refuse("--dataset cannot be read"):
+    with or_refuse(f"--dataset {name} cannot be read"):
         if kind:
             return datasets.load_dataset(kind, data_files=glob.escape(name))
         if path.is_dir() and glob.escape(name) != name:
