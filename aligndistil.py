@@ -1134,7 +1134,7 @@ def set_up(args):
     if args.model == "demo":
         if args.dataset != "demo":
             raise BadInput("--model demo knows the words of the demo only: name a model for this --dataset")
-        torch.set_num_threads(1)  # a model so small gains nothing from more, and loses where others compute
+        torch.set_num_threads(min(2, torch.get_num_threads()))  # a model so small loses by more
     if args.alpha_r is None:
         args.alpha_r = 20.0 if args.off_policy else 30.0
     transformers.logging.disable_progress_bar()
