@@ -190,7 +190,7 @@ def teacher_logits(anchor_logits: Tensor, difference: Tensor, alpha: Tensor) -> 
 
 
 def implausible_mass(target_logits: Tensor, dpo_logits: Tensor) -> Tensor:
-    """What the teacher gives to tokens of which π_dpo gives less than 0.001: (..., V), (..., V) → (...).
+    """What the teacher gives to tokens to which π_dpo gives less than 0.001: (..., V), (..., V) → (...).
 
     It tells before any distillation whether α is too large: where neither model ever goes, their difference
     is an accident of training, and α times it can lift an impossible token to the top.
@@ -390,7 +390,7 @@ def train(run, stage, start, pairs, examples_of, loss_of, learning_rate, epochs)
 
     `examples_of(run, lm, rows)` says what a step trains on, given rows of the data: examples, lists of
     Responses that stay together, and facts to be logged: name → a number an example. `loss_of(lm, batch,
-    scale)` is a loss of section 3. A finished stage is not repeated; a checkpoint is gone on from.
+    scale)` is a loss of section 3. A finished stage is not repeated; one under way goes on from a checkpoint.
     """
     args, folder = run.args, run.out / stage
     if folder.exists():
@@ -430,8 +430,8 @@ def train(run, stage, start, pairs, examples_of, loss_of, learning_rate, epochs)
 
 
 def batches_of(args, n, epochs, world):
-    """The pairs of each step: `epochs` passes over n, each in a new seeded order. The rest is a batch,
-    too, if each of the `world` processes has a pair of it."""
+    """The pairs of each step: `epochs` passes over n, each in a new seeded order. The last batch is
+    what is left, if that is a pair for each of the `world` processes."""
     size, orders = min(args.batch_size, n), []
     total = max(round(epochs * n), world)
     if total % size < world:
@@ -452,7 +452,7 @@ def warmup_then_cosine(step, steps, warmup_ratio):
 
 
 def gather_gradients(run, model, where):
-    """Sum the gradients of all processes and clip them; their norm before. BadInput if it is not finite."""
+    """Sum the gradients of all processes, clip them, return their norm before. BadInput if not finite."""
     for parameter in model.parameters():
         if parameter.grad is None:  # the processes must agree on what they sum
             parameter.grad = torch.zeros_like(parameter)
@@ -799,7 +799,7 @@ def split_record(record):
 
 
 def read_messages(record, key, role):
-    """A field as messages, each a role and a text; a text alone is one of this role. Null keys are none."""
+    """A field's messages, a role and a text; a text alone is one of this role. Null keys are ignored."""
     value, messages = record.get(key), []
     if value is None:
         return messages
@@ -1000,7 +1000,7 @@ def evaluate(run, folders, test_pairs, precision):
         return json.loads(path.read_text(encoding="utf-8"))
     lms = {name: load_lm(run, folder, precision="float32") for name, folder in folders.items()}
     rows = test_pairs.to_list()
-    if args.dataset != "demo":  # which has few prompts; of others each is asked once
+    if args.dataset != "demo":  # the demo has few prompts; another one is asked once
         rows = list({row["instruction"]: row for row in rows}.values())
     rows = rows[: args.eval_prompts]
     for name, lm in lms.items():
@@ -1131,10 +1131,12 @@ def set_up(args):
             setattr(args, name, os.path.expanduser(value))
     if args.warmup_ratio > 1:
         raise BadInput("--warmup_ratio is a part of the steps, at most 1")
+    if args.alpha == 0 and args.reward == "vanilla":
+        raise BadInput("--alpha 0 --reward vanilla distils the reference into itself: use contrastive")
     if args.model == "demo":
         if args.dataset != "demo":
             raise BadInput("--model demo knows the words of the demo only: name a model for this --dataset")
-        torch.set_num_threads(min(2, torch.get_num_threads()))  # a model so small loses by more
+        torch.set_num_threads(min(2, torch.get_num_threads()))  # more of them make so small a model slower
     if args.alpha_r is None:
         args.alpha_r = 20.0 if args.off_policy else 30.0
     transformers.logging.disable_progress_bar()
@@ -1307,7 +1309,7 @@ def load_lm(run, name, device=None, precision=None):
         model, tokenizer = demo_model(run.args.seed), demo_tokenizer()
     else:
         model, tokenizer = load_pretrained(transformers.AutoModelForCausalLM, name)
-    if run.args.gradient_checkpointing:  # the library's own way needs training mode, which drops out
+    if run.args.gradient_checkpointing:  # the library's own way needs training mode, and so dropout
         layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
         if not layers:
             raise BadInput("--gradient_checkpointing: the model has no layers for it")
@@ -1331,7 +1333,7 @@ def check_model(lm, name):
 
 
 def positions_of(config):
-    """How many tokens a model holds. Past its first length a longrope model reads a batch in another way."""
+    """How many tokens a model holds. Past its first length a longrope model reads a batch differently."""
     config = config.get_text_config()
     positions, rope = [getattr(config, "max_position_embeddings", None) or sys.maxsize], str(config.to_dict())
     if "'longrope'" in rope:
@@ -1384,7 +1386,7 @@ def resume(run, stage, model, optimizer):
 
 
 def main():
-    """The command line. The exit status is 2 for what cannot be used, and where memory is not enough."""
+    """The command line. The exit status is 2 for what cannot be used, and when memory runs out."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal that cannot print a character does not end a run
     try:
