@@ -779,6 +779,7 @@ def align(folder, out, **settings):
 def flags(**settings) -> list:
     return [text for name, value in settings.items() for text in (f"--{name}", str(value))]
 BAD = {  # flags, where {} is a folder of prepared files: words of the error line
+    "--alpha 0 --reward vanilla": "contrastive",
     "--model {}/nowhere": "nowhere", "--model gpt2": "gpt2", "--model {}/corrupt": "corrupt",
     "--model {}/nan": "nan: generate", "--model {}/prefix": "weights are not in its files",
     "--model {}/foreign": "not of this model", "--model {}/resized": "embedding: resize",
