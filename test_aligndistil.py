@@ -199,6 +199,8 @@ CASES += [("tied", "contrastive", 0.0, True), ("tied", "vanilla", None, False), 
 @pytest.mark.parametrize(("head", "reward", "constant", "off"), CASES)
 def test_distillation_in_chunks_is_the_dense_one(float64, small_chunks, head, reward, constant, off):
     policy, dpo, base = three_models(head)
+    if head == "tied":  # a model that rules words out: they are not the base's
+        torch.nn.init.constant_(dpo.model.transformer.ln_f.weight, 3.0)
     batch = ad.collate(singles(), pad_id=0)
     p, d, b = (dense_logits(lm, batch) for lm in (policy, dpo, base))
     alpha = 6 * 0.5 * (d.softmax(-1) - b.softmax(-1)).abs().sum(-1) + 1e-3
@@ -338,6 +340,15 @@ def test_every_step_stage_and_process_draws_anew_and_a_process_has_its_share(mon
     assert len(seeds) == len(set(seeds)) == 12
     for mine, other, whole in zip(shares["0a"], shares["1a"], shares["0c"], strict=True):
         assert mine | other == whole and not mine & other and mine and other
+    (tmp_path / "other").mkdir()
+    trained(monkeypatch, tiny_run(output_dir=str(tmp_path / "other"), batch_size=4, seed=1), random_pairs(10),
+            examples_of, lm, "c")  # fmt: skip
+    assert len(set(seeds)) == 15, "another --seed draws other responses"
+def test_the_last_step_of_a_stage_is_not_lost_when_its_model_cannot_be_saved(monkeypatch, tmp_path):
+    monkeypatch.setattr(ad, "save_model", Mock(side_effect=MemoryError))
+    with pytest.raises(MemoryError):
+        trained(monkeypatch, tiny_run(output_dir=str(tmp_path), batch_size=4), random_pairs(10), stage="dpo")
+    assert torch.load(tmp_path / "checkpoint-dpo.pt")["step"] == len(metrics(tmp_path)) == 3
 def test_a_gradient_that_is_not_finite_is_told_before_the_weights_move(monkeypatch, tmp_path):
     def loss_of(lm, batch, scale):
         next(lm.model.parameters()).grad = torch.full_like(next(lm.model.parameters()), math.inf)
@@ -929,6 +940,18 @@ def test_an_error_of_a_programmer_keeps_its_traceback(monkeypatch, prepared, tmp
     monkeypatch.setattr(f"aligndistil.{place}", Mock(side_effect=NameError))
     with pytest.raises(NameError):
         align(prepared, tmp_path / "out", **RUN | {"max_steps": 1, "max_length": 60 + len(place)})  # unread
+@pytest.mark.parametrize("given", ["dpo", "reverse_dpo"])
+def test_a_model_that_is_given_takes_the_place_of_its_own_stage_alone(monkeypatch, prepared, tmp_path, given):
+    done = []
+    def train(run, stage, **rest):
+        done.append(stage)
+        return str(prepared / "run" / stage)
+    monkeypatch.setattr(ad, "train", train)
+    monkeypatch.setattr(ad, "evaluate", lambda run, folders, *rest: folders)
+    folders = align(prepared, tmp_path / "out", **RUN | {given: str(prepared / "run" / "sft")})
+    expected = {stage: str(prepared / "run" / stage) for stage in STAGES} | {given: str(prepared / "run" / "sft")}
+    assert done == [stage for stage in ALL_STAGES if stage != given]
+    assert {stage: folders[stage] for stage in STAGES} == expected
 def test_a_batch_smaller_than_the_processes_is_refused(monkeypatch, prepared, tmp_path):
     monkeypatch.setattr(ad, "dist", Mock(get_node_local_rank=lambda fallback_rank: 0))
     monkeypatch.setenv("WORLD_SIZE", "3")
