@@ -428,6 +428,14 @@ def test_a_model_that_does_not_sample_from_its_own_head_and_body_is_refused():
     for lm in (capped, scaled, blind, broken):
         with pytest.raises(ad.BadInput, match="model it: .*differ"):
             ad.check_model(lm, "it")
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])
+def test_logits_are_float32_and_products_have_the_precision_asked_for(precision):
+    lm = tiny_lm(precision=precision)
+    with lm.autocast():
+        assert torch.is_autocast_enabled("cpu") == (precision == "bf16")
+        assert torch.get_float32_matmul_precision() == ("high" if precision == "tf32" else "highest")
+    assert lm.logits(torch.ones(2, 32)).dtype == torch.float32
+    torch.set_float32_matmul_precision("highest")
 
 # 7  Data: chat templates, formats, files -------------------------------------------------------------------
 SPECIAL = """<eos> <bos> <s> </s> <|im_start|> <|im_end|> <|start_header_id|> <|end_header_id|> <|eot_id|>
