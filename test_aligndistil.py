@@ -430,7 +430,7 @@ def test_a_model_that_does_not_sample_from_its_own_head_and_body_is_refused():
             ad.check_model(lm, "it")
 @pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])
 def test_logits_are_float32_and_products_have_the_precision_asked_for(precision):
-    lm = tiny_lm(precision=precision)
+    lm = ad.LM(tiny_gpt2(), precision)
     with lm.autocast():
         assert torch.is_autocast_enabled("cpu") == (precision == "bf16")
         assert torch.get_float32_matmul_precision() == ("high" if precision == "tf32" else "highest")
