@@ -591,6 +591,16 @@ def test_a_pair_that_cannot_be_trained_on_as_it_is_is_left_out_and_counted(capsy
     assert re.search(rf"of 5 pairs 0 are cut; left out \{{[^{{,]*{reason}[^{{,]*: 2\}}", shown)
     with pytest.raises(ad.BadInput, match=f"no pair can be used.*{reason}"):
         opened([bad], bpe_tokenizer(template))
+def test_a_cut_prompt_without_bos_keeps_its_end_alone_and_its_room_is_the_response_s():
+    long = pair("Q" + "Z" * 9 + "WXY", "Z" * 50, "XYZ")
+    run, rows, _ = opened([long, pair("Y", "Z" * 50, "X")], max_length=16, max_prompt_length=8)
+    assert texts(run, rows[long["prompt"]]) == ("ZZZZWXY\n", "Z" * 8, "XYZ<eos>")
+    assert texts(run, rows["Y"]) == ("Y\n", "Z" * 14, "X<eos>")
+def test_a_response_is_whole_where_a_token_would_cross_its_beginning():
+    tokenizer = bpe_tokenizer(text=ENGLISH + "\n\n" * 50)
+    assert len(tokenizer("a\n\n").input_ids) == 2, "both newlines are one token"
+    run, rows, _ = opened([pair("Sky?", "\nBlue.", "Red."), pair("Sea?")], tokenizer)
+    assert texts(run, rows["Sky?"]) == ("Sky?\n", "\nBlue.<eos>", "Red.<eos>")
 def test_a_cut_prompt_keeps_bos_and_its_end_and_a_cut_response_has_no_end_token(capsys):
     question, llama = "Z" * 50 + "WXY", bpe_tokenizer(TEMPLATES["Llama 3"][0], bos_token="<bos>")
     records = [pair(question, "Z" * 50, "XYZ"), pair("Q", "A", "B")]  # each letter is a token
@@ -615,7 +625,7 @@ MALFORMED = [  # a record of no known form, words of the reason
     ({"prompt": "Sky?", "chosen": "a"}, "'rejected'.*'prompt', 'chosen'"), (pair("Sky?", None), "answer"),
     (pair("Sky?", 3), "'chosen'"), (pair({"text": "a"}), "'prompt'.*text"), (pair("Sky?", [], []), "answer"),
     (pair("Sky?", [BLUE], [SKY]), "answer"), (pair("Sky?", [SKY], [RED]), "both end with an answer"),
-    (pair(None, [*TALK, BLUE], [SKY, RED]), "differ"), (pair("Sea?", [SKY, BLUE], [SKY, RED]), "is not in"),
+    (pair(None, [said("user", "Sea?"), BLUE], [SKY, RED]), "differ"), (pair("Sea?", [SKY, BLUE], [SKY, RED]), "is not in"),
     (pair(), "'prompt' is missing.*trl-lib/hh-rlhf"), (pair(None, [BLUE], [RED]), "missing"),
     (pair([*TALK, BLUE]), "no message of the user"), (pair([BRIEF]), "no message of the user"),
     (pair("Sky?", ["Blue"], ["Red"]), "'chosen'"), (pair([{"content": "Sky?"}]), "'prompt'.*content"),
