@@ -599,8 +599,8 @@ def test_a_cut_prompt_without_bos_keeps_its_end_alone_and_its_room_is_the_respon
 def test_a_response_is_whole_where_a_token_would_cross_its_beginning():
     tokenizer = bpe_tokenizer(text=ENGLISH + "\n\n" * 50)
     assert len(tokenizer("a\n\n").input_ids) == 2, "both newlines are one token"
-    run, rows, _ = opened([pair("Sky?", "\nBlue.", "Red."), pair("Sea?")], tokenizer)
-    assert texts(run, rows["Sky?"]) == ("Sky?\n", "\nBlue.<eos>", "Red.<eos>")
+    run, rows, _ = opened([pair("Sky?", "\n\nBlue.", "Red."), pair("Sea?")], tokenizer)
+    assert texts(run, rows["Sky?"]) == ("Sky?\n", "\n\nBlue.<eos>", "Red.<eos>")
 def test_a_cut_prompt_keeps_bos_and_its_end_and_a_cut_response_has_no_end_token(capsys):
     question, llama = "Z" * 50 + "WXY", bpe_tokenizer(TEMPLATES["Llama 3"][0], bos_token="<bos>")
     records = [pair(question, "Z" * 50, "XYZ"), pair("Q", "A", "B")]  # each letter is a token
